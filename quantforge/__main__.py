@@ -1,0 +1,5 @@
+"""`python -m quantforge`."""
+
+from quantforge.cli import main
+
+main()

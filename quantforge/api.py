@@ -1,0 +1,198 @@
+"""The Python face of the commands: quantize, evaluate, load."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantforge import checkpoint, pipeline, recipe
+from quantforge import plan as planning
+from quantforge.calibrate import corpus
+from quantforge.errors import DataError, PlanError
+from quantforge.evaluate import perplexity
+from quantforge.exporters.compressed_tensors import CompressedTensors
+from quantforge.memory import PeakMemory
+from quantforge.models import load as loading
+from quantforge.plan import Plan
+from quantforge.progress import bar
+from quantforge.result import Result
+from quantforge.store import check_target
+
+
+def quantize(
+    model: str | Path | nn.Module | None = None,
+    method: str = "gptq",
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    calibration: str | Tensor = "python-docs",
+    samples: int = 64,
+    seq_len: int = 512,
+    shuffle: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    settings: dict[str, Any] | None = None,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Result:
+    """Quantize a model, and save it if `out` is given.
+
+    model        a folder, a hub id, None for the demo model, or a transformers model in memory, which is changed in place
+    method       a name from `quantforge methods`
+    bits         2 to 8; group_size: weights sharing a scale, -1 for a whole row; symmetric: no zero points;
+                 None keeps the method's own
+    calibration  a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
+    samples      windows of `seq_len` tokens to calibrate on, the first ones, or drawn with `seed` if `shuffle`
+    device       "cpu" or "cuda"
+    settings     {"solver.damp_percent": 0.05}
+    tokenizer    for a model in memory that is to be calibrated on text
+
+    Everything that needs no weights is checked before they are read. Raises the subclasses of QuantForgeError.
+    """
+    chosen = recipe.load(method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings)
+    loading.check_device(device)
+    exporter = CompressedTensors() if out is not None else None
+    if isinstance(model, nn.Module):
+        name, built, notes = type(model).__name__, model, ()
+        plan = planning.make(model, chosen, next(model.parameters()).dtype, exporter)
+        if out is not None:
+            check_target(Path(out), overwrite=overwrite)
+    else:
+        source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
+        plan = prepare(source, chosen, None if out is None else Path(out), overwrite=overwrite)
+        tokenizer = tokenizer or loading.tokenizer(source)
+        name, notes = source.name, source.notes
+        if chosen.solver.needs:
+            check_length(source.config, seq_len)
+    ids, provenance = None, {}
+    if chosen.solver.needs:
+        ids, provenance = token_ids(calibration, "calibration", tokenizer, seq_len, samples, shuffle=shuffle, seed=seed)
+    if not isinstance(model, nn.Module):
+        built = loading.model(source, device)
+    plan = planning.with_notes(plan, notes)
+    result = run(built, plan, ids, tokenizer=tokenizer, source=name, calibration=provenance)
+    if out is not None:
+        result.save(out, overwrite=overwrite)
+    return result
+
+
+def prepare(source: loading.Source, chosen: recipe.Recipe, out: Path | None, *, overwrite: bool = False) -> Plan:
+    """Check the output folder and lay the recipe over the model's skeleton; no weight is read."""
+    if out is not None:
+        check_target(out, overwrite=overwrite, inputs=(source.path,))
+    return planning.make(source.skeleton(), chosen, source.dtype, CompressedTensors() if out is not None else None)
+
+
+def run(
+    model: nn.Module, plan: Plan, ids: Tensor | None, *, tokenizer: Any, source: str, calibration: dict[str, Any]
+) -> Result:
+    """Quantize a loaded model by a plan, with progress on stderr, and measure time and memory."""
+    device = next(model.parameters()).device
+    with PeakMemory(device) as memory, bar(plan.recipe.name, len(plan.layers)) as step:
+        start = time.perf_counter()
+        layers = pipeline.quantize(model, plan, ids, lambda layer: step(f"{layer.name} {layer.relative_loss:.2%} lost"))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return Result(model, plan, tuple(layers), tokenizer, source, calibration, seconds, memory.bytes)
+
+
+def token_ids(
+    text: str | Tensor,
+    part: str,
+    tokenizer: Any,
+    seq_len: int,
+    count: int | None,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return token ids [count, seq_len] and where they came from; `text` may be the ids themselves."""
+    if isinstance(text, Tensor):
+        if text.dim() != 2 or text.dtype != torch.int64:
+            raise DataError(421, f"token ids must be int64 [windows, seq_len], not {text.dtype} {tuple(text.shape)}.")
+        return text, {"name": "token ids", "seq_len": text.shape[1], "count": text.shape[0]}
+    if tokenizer is None:
+        raise DataError(422, f"text {text!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
+    found = corpus.windows(
+        corpus.load_text(text, part),  # type: ignore[arg-type]
+        tokenizer,
+        seq_len,
+        count,
+        shuffle=shuffle,
+        seed=seed,
+    )
+    return found.ids, found.provenance
+
+
+def check_length(config: Any, seq_len: int) -> None:
+    """Refuse windows longer than the model's positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise PlanError(254, f"seq_len {seq_len} is more than the {limit} positions of this model; use at most {limit}.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The perplexity of a model, and on what.
+
+    perplexity  exp of the mean over windows of the mean cross-entropy of their seq_len − 1 predictions
+    model       its name
+    data        where the tokens came from
+    """
+
+    perplexity: float
+    model: str
+    data: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path | nn.Module | None = None,
+    *,
+    data: str | Tensor = "python-docs",
+    seq_len: int = 512,
+    windows: int | None = 48,
+    device: str = "cpu",
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Return the perplexity of a float model, or of a checkpoint that quantforge wrote, computed in float32.
+
+    model    a folder, a hub id, None for the demo model, or a model in memory
+    data     a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
+    windows  how many non-overlapping windows from the start; None takes all
+    """
+    loading.check_device(device)
+    if isinstance(model, nn.Module):
+        name, built = type(model).__name__, model
+    elif model is not None and checkpoint.is_quantized(Path(model)):
+        name, built = Path(model).name, checkpoint.read(Path(model), torch.float32).to(device)
+        tokenizer = tokenizer or loading.read_tokenizer(Path(model))
+        check_length(built.config, seq_len)
+    else:
+        source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
+        check_length(source.config, seq_len)
+        tokenizer = tokenizer or loading.tokenizer(source)
+        name, built = source.name, None
+    ids, provenance = token_ids(data, "evaluation", tokenizer, seq_len, windows)
+    built = loading.model(source, device) if built is None else built
+    with bar("perplexity", len(ids)) as step:
+        score = perplexity.evaluate(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
+    return Evaluation(score.perplexity, name, provenance)
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the model of a checkpoint that quantforge wrote, dequantized in `dtype` (default: the checkpoint's)."""
+    return checkpoint.read(Path(folder), dtype)

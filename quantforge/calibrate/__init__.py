@@ -1,0 +1,1 @@
+"""Calibration: text into token windows, and the statistics of each layer's input."""

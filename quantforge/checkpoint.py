@@ -1,0 +1,113 @@
+"""Quantized checkpoints on disk: written whole or not at all, and read back to the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quantforge.errors import ModelError
+from quantforge.exporters.compressed_tensors import CompressedTensors
+from quantforge.models import arch, check, load
+from quantforge.result import Result
+from quantforge.store import MARK, check_target, publish
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save(result: Result, out: Path, *, overwrite: bool = False) -> Path:
+    """Write `result` as a compressed-tensors checkpoint with tokenizer, configs and `quantforge.json`.
+
+    Everything but the quantized layers is stored in the checkpoint's dtype, as it came. A tied head stays tied.
+    Raises PlanError or ResourceError, and then leaves `out` as it was.
+    """
+    exporter = CompressedTensors()
+    check_target(out, overwrite=overwrite)
+    exporter.check(result.plan)
+    model = result.model
+    assert isinstance(model, PreTrainedModel)
+    dtype = result.plan.dtype
+    tensors = {k: v.detach().to("cpu", dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    for layer in result.layers:
+        del tensors[f"{layer.name}.weight"]
+        tensors |= {k: v.cpu() for k, v in exporter.tensors(layer.name, layer.weight.base).items()}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.quantization_config = exporter.config(result.plan, linears)
+    with publish(out, overwrite=overwrite) as staging:
+        with load.quiet():
+            before = model.config.dtype
+            model.save_pretrained(staging, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
+            model.config.dtype = before
+            config.save_pretrained(staging)
+            if result.tokenizer is not None:
+                result.tokenizer.save_pretrained(staging)
+        (staging / MARK).write_text(json.dumps(result.record(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return out
+
+
+def is_quantized(folder: Path) -> bool:
+    """Tell whether `folder` is a checkpoint that `save` has written."""
+    return (folder / MARK).is_file()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what `save` wrote about how the checkpoint was made; ModelError if there is nothing or it is damaged."""
+    file = folder / MARK
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(350, f"{folder} has no {MARK}, so it was not written by quantforge.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(351, f"{file} cannot be read ({error}).") from error
+    if not isinstance(record, dict) or record.get("schema") != 1:
+        raise ModelError(352, f"{file} is not of schema 1, the one that this version reads.")
+    return record
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return what each layer of a checkpoint became, as lines of text with the totals."""
+    rows = record["layers"]
+    width = max((len(row["name"]) for row in rows), default=5)
+    lines = [f"{'layer':{width}}  {'out x in':>13}  {'format':22}  bits/weight  loss (share of output)"]
+    for row in rows:
+        shape = f"{row['shape'][0]}x{row['shape'][1]}"
+        loss = f"{row['loss']:.4g} ({row['relative_loss']:.3%})"
+        lines.append(f"{row['name']:{width}}  {shape:>13}  {row['format']:22}  {row['bits_per_weight']:11.3f}  {loss}")
+    lines.append(
+        f"{record['source']} by {record['method']}: {len(rows)} layers at {record['bits_per_weight']:.3f} bits per weight; "
+        f"{record['bytes_before'] / 1e6:.1f} MB -> {record['bytes_after'] / 1e6:.1f} MB"
+    )
+    return "\n".join([*lines, *(f"note: {note}" for note in record["notes"])])
+
+
+def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the model of a quantized checkpoint, its weights dequantized in `dtype` (default: the checkpoint's).
+
+    The same numbers as stock transformers computes from the folder, in the same dtype. Raises ModelError for a damaged
+    or foreign checkpoint.
+    """
+    found = check.read_folder(folder, quantized=True)
+    config = dict(found.config)
+    quantization = config.pop("quantization_config", None)
+    if not isinstance(quantization, dict):
+        raise ModelError(353, f"{folder} is not a quantized checkpoint: its config.json has no quantization_config.")
+    tensors = load.read_tensors(found)
+    layers = CompressedTensors().read(quantization, tensors)
+    dtype = dtype or load.DTYPES[found.dtype]
+    for name, weight in layers.items():
+        for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"):
+            tensors.pop(f"{name}.{part}", None)
+        tensors[f"{name}.weight"] = weight.dequantize(dtype)
+    settings = load.make_config(folder, config)
+    with load.quiet():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(None, config=settings, state_dict=tensors, dtype=dtype)
+    for name in layers:
+        assert arch.is_linear(model.get_submodule(name))
+    return model.eval()

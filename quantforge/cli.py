@@ -1,0 +1,268 @@
+"""The command line: each command parses its options, calls one function and prints. Results on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from quantforge import __version__
+from quantforge.errors import QuantForgeError, RecipeError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Turns a QuantForgeError into one line (or one JSON object) and its exit code; other exceptions are bugs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except QuantForgeError as error:
+            if "--json" in sys.argv:
+                code, _, message = str(error).partition(": ")
+                click.echo(json.dumps({"error": {"code": code[6:-1], "message": message}}))
+            click.echo(str(error), err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="quantforge")
+def main() -> None:
+    """Quantize language models, and see what it cost."""
+
+
+def _calibration(command: Command) -> Command:
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Seed of --shuffle."),
+        click.option("--shuffle", is_flag=True, help="Draw the windows instead of taking the first ones."),
+        click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window."),
+        click.option("--samples", default=64, show_default=True, type=click.IntRange(1), help="Calibration windows."),
+        click.option("--calib", default="python-docs", show_default=True, metavar="SET|FILE", help="Calibration text."),
+    ):
+        command = option(command)
+    return command
+
+
+def _format(command: Command) -> Command:
+    for option in (
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="e.g. solver.damp_percent=0.05"),
+        click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points."),
+        click.option("--group-size", type=int, metavar="N", help="Weights that share a scale; -1 is a whole row."),
+    ):
+        command = option(command)
+    return command
+
+
+def _machine(command: Command) -> Command:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that the model folder brings."),
+        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
+    ):
+        command = option(command)
+    return command
+
+
+def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise RecipeError(210, f"--set {pair!r} is not of the form KEY=VALUE, such as solver.damp_percent=0.05.")
+        found[key] = value
+    return found
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--method", "-m", default="gptq", show_default=True, metavar="NAME", help="See `quantforge methods`.")
+@click.option("--bits", type=int, metavar="2..8", help="Bits of a code; default: the method's.")
+@_format
+@_calibration
+@click.option("--out", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint in --out, once the new one is whole.")
+@click.option("--dry-run", is_flag=True, help="Show what each layer would become, then stop.")
+@_machine
+def quantize(
+    model: str | None,
+    method: str,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    settings: tuple[str, ...],
+    calib: str,
+    samples: int,
+    seq_len: int,
+    shuffle: bool,
+    seed: int,
+    out: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL (a folder or a hub id; the demo model if left out) into a checkpoint that loads by itself."""
+    if dry_run:
+        from quantforge import api, recipe
+        from quantforge.models import load
+
+        chosen = recipe.load(
+            method, bits=bits, group_size=group_size, symmetric=symmetric, settings=_settings(settings)
+        )
+        source = load.find(model, trust_remote_code=trust_remote_code)
+        plan = api.prepare(source, chosen, out or Path(f"{source.name}-{method}"), overwrite=overwrite)
+        click.echo(json.dumps(plan.record()) if as_json else plan.table())
+        return
+    if out is None:
+        raise click.UsageError("--out DIR is missing: where should the checkpoint go? (--dry-run needs none)")
+    import quantforge
+
+    result = quantforge.quantize(
+        model,
+        method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        calibration=calib,
+        samples=samples,
+        seq_len=seq_len,
+        shuffle=shuffle,
+        seed=seed,
+        device=device,
+        settings=_settings(settings),
+        out=out,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    where = shlex.quote(str(out))
+    click.echo(json.dumps(result.record()) if as_json else f"{result.summary()}\nnext: quantforge evaluate {where}")
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--data", default="python-docs", show_default=True, metavar="SET|FILE", help="Evaluation text.")
+@click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
+@click.option("--windows", type=click.IntRange(1), help="Windows from the start of the text; default: all of them.")
+@_machine
+def evaluate(
+    model: str | None,
+    data: str,
+    seq_len: int,
+    windows: int | None,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Print the perplexity of MODEL: a float model, or a checkpoint that quantforge wrote."""
+    import quantforge
+
+    found = quantforge.evaluate(
+        model, data=data, seq_len=seq_len, windows=windows, device=device, trust_remote_code=trust_remote_code
+    )
+    if as_json:
+        click.echo(json.dumps(found.record()))
+    else:
+        count = found.data.get("count")
+        click.echo(f"{found.model}: perplexity {found.perplexity:.3f} on {count} x {seq_len} tokens of {found.data['name']}")
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--methods", default="fp,rtn,gptq", show_default=True, help="Comma-separated; fp is the float model.")
+@click.option("--bits", default="4", show_default=True, help="Comma-separated.")
+@_format
+@_calibration
+@click.option("--data", default="python-docs", show_default=True, metavar="SET|FILE", help="Evaluation text.")
+@click.option("--windows", type=click.IntRange(1), help="Evaluation windows; default: all of them.")
+@click.option(
+    "--out", "-o", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the report."
+)
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder to keep every checkpoint in.")
+@_machine
+def compare(
+    model: str | None,
+    methods: str,
+    bits: str,
+    group_size: int | None,
+    symmetric: bool | None,
+    settings: tuple[str, ...],
+    calib: str,
+    samples: int,
+    seq_len: int,
+    shuffle: bool,
+    seed: int,
+    data: str,
+    windows: int | None,
+    out: Path,
+    keep: Path | None,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL by several methods and widths, and report perplexity, KL, bits, bytes and time side by side."""
+    widths = _list(bits)
+    if not all(w.isdigit() for w in widths):
+        raise RecipeError(211, f"--bits {bits!r} is not a list of whole numbers, such as 4,3.")
+    import quantforge
+    from quantforge import report
+
+    found = quantforge.compare(
+        model,
+        methods=_list(methods),
+        bits=[int(w) for w in widths],
+        group_size=group_size,
+        symmetric=symmetric,
+        calibration=calib,
+        samples=samples,
+        seq_len=seq_len,
+        shuffle=shuffle,
+        seed=seed,
+        data=data,
+        windows=windows,
+        device=device,
+        settings=_settings(settings),
+        out=out,
+        keep=keep,
+        trust_remote_code=trust_remote_code,
+        command=shlex.join(["quantforge", *sys.argv[1:]]),
+    )
+    click.echo(report.to_json(found) if as_json else f"{report.table(found)}\n{out / 'report.html'}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(folder: Path, as_json: bool) -> None:
+    """Show what each layer of a quantized checkpoint in FOLDER became."""
+    from quantforge import checkpoint
+
+    record = checkpoint.read_record(folder)
+    click.echo(json.dumps(record) if as_json else checkpoint.table(record))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def methods(as_json: bool) -> None:
+    """List every method with its paper, its options and their defaults."""
+    from quantforge import recipe
+
+    found = recipe.catalogue()
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for entry in found:
+        click.echo(f"{entry['name']}: {entry['about']}\n  {entry['paper']}\n  stores {entry['weights']}")
+        for key, (kind, default) in entry["options"].items():
+            click.echo(f"  --set solver.{key}={default}  ({kind})")

@@ -1,0 +1,215 @@
+"""Several methods on one model, the same tokens and the same evaluator, in one report."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantforge import api, recipe, report
+from quantforge.errors import RecipeError, pick
+from quantforge.evaluate import perplexity
+from quantforge.evaluate.perplexity import Reference, Score
+from quantforge.exporters.compressed_tensors import CompressedTensors
+from quantforge.models import arch
+from quantforge.models import load as loading
+from quantforge.pipeline import Layer
+from quantforge.plan import Plan, make
+from quantforge.progress import bar
+from quantforge.recipe import Recipe
+from quantforge.report import LayerRow, Report, Run
+from quantforge.result import Result
+from quantforge.store import check_target
+
+PROTOCOL = (
+    "perplexity = exp of the mean over non-overlapping windows, from the start of the text, of the mean cross-entropy of "
+    "their seq_len − 1 predictions; KL = mean over the same predictions of KL(float ‖ quantized); float32 throughout"
+)
+FLOAT = "fp"
+
+
+def compare(
+    model: str | Path | None = None,
+    *,
+    methods: Sequence[str] = (FLOAT, "rtn", "gptq"),
+    bits: Sequence[int] = (4,),
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    calibration: str = "python-docs",
+    samples: int = 64,
+    seq_len: int = 512,
+    shuffle: bool = False,
+    seed: int = 0,
+    data: str = "python-docs",
+    windows: int | None = 48,
+    device: str = "cpu",
+    settings: dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    keep: str | Path | None = None,
+    trust_remote_code: bool = False,
+    command: str = "",
+) -> Report:
+    """Quantize one model by each of `methods` at each of `bits`, score every result, and report.
+
+    methods  names from `quantforge methods`, and "fp" for the float model, which always runs as the reference
+    keep     a folder that receives the checkpoint of every run, named by its label
+    out      a folder for report.json, report.md and report.html
+    command  the command line, for the report
+
+    The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
+    weight is read. Raises the subclasses of QuantForgeError.
+    """
+    recipes = _recipes(methods, bits, group_size, symmetric, settings or {})
+    loading.check_device(device)
+    source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
+    api.check_length(source.config, seq_len)
+    skeleton = source.skeleton()
+    plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
+    if keep is not None:
+        for label in plans:
+            check_target(Path(keep) / label, overwrite=False, inputs=(source.path,))
+    tokenizer = loading.tokenizer(source)
+    calib, calib_from = api.token_ids(
+        calibration, "calibration", tokenizer, seq_len, samples, shuffle=shuffle, seed=seed
+    )
+    ids, data_from = api.token_ids(data, "evaluation", tokenizer, seq_len, windows)
+    built = loading.model(source, device)
+    with bar(FLOAT, len(ids)) as step:
+        reference, score = perplexity.make_reference(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
+    runs = [_float_run(score, skeleton, source)]
+    originals = _originals(built, plans.values())
+    for label, plan in plans.items():
+        for name, weight in originals.items():
+            arch.set_weight(built.get_submodule(name), weight.float())
+        needed = calib if plan.recipe.solver.needs else None
+        result = api.run(built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from)
+        runs.append(_score(label, result, ids, reference, None if keep is None else Path(keep)))
+    found = Report(
+        schema=report.SCHEMA,
+        model=source.name,
+        model_notes=source.notes,
+        calibration=calib_from,
+        evaluation=data_from,
+        protocol=PROTOCOL,
+        machine=report.machine(),
+        versions=report.versions(),
+        command=command,
+        created=datetime.date.today().isoformat(),
+        runs=tuple(runs),
+    )
+    if out is not None:
+        report.write(found, Path(out))
+    return found
+
+
+def _recipes(
+    methods: Sequence[str], bits: Sequence[int], group_size: int | None, symmetric: bool | None, settings: dict[str, Any]
+) -> dict[str, Recipe]:
+    """Return the recipe of every run but the float one, by label; settings apply to the methods that have them."""
+    if not methods or not bits:
+        raise RecipeError(208, "there is nothing to compare: name at least one method and one number of bits.")
+    known = [FLOAT, *recipe.names()]
+    recipes, unused = {}, dict(settings)
+    for width in bits:
+        for method in methods:
+            if pick("method", method, known) == FLOAT:
+                continue
+            plain = recipe.load(method, bits=width, group_size=group_size, symmetric=symmetric)
+            usable = {}
+            for key, value in settings.items():
+                try:
+                    recipe.load(method, settings={key: value})
+                except RecipeError as error:
+                    if error.number != 202:
+                        raise
+                else:
+                    usable[key] = value
+                    unused.pop(key, None)
+            chosen = (
+                recipe.load(method, bits=width, group_size=group_size, symmetric=symmetric, settings=usable)
+                if usable
+                else plain
+            )
+            recipes[f"{method}-{str(chosen.weights).rsplit('-', 1)[0]}"] = chosen
+    if unused and recipes:
+        raise RecipeError(209, f"none of the methods {', '.join(methods)} has the setting {next(iter(unused))!r}.")
+    return recipes
+
+
+def _originals(model: nn.Module, plans: Any) -> dict[str, Tensor]:
+    """Keep the weights that any plan will overwrite, in the checkpoint's dtype, which holds them exactly."""
+    return {
+        name: arch.get_weight(model.get_submodule(name)).to(plan.dtype, copy=True) for plan in plans for name in plan.layers
+    }
+
+
+def _float_run(score: Score, skeleton: nn.Module, source: loading.Source) -> Run:
+    size = sum(p.numel() for p in skeleton.parameters()) * source.dtype.itemsize
+    dtype = str(source.dtype).removeprefix("torch.")
+    return Run(
+        label=FLOAT,
+        method=FLOAT,
+        bits=None,
+        bits_per_weight=8.0 * source.dtype.itemsize,
+        perplexity=score.perplexity,
+        kl=0.0,
+        seconds=0.0,
+        peak_memory_bytes=None,
+        bytes_on_disk=size,
+        disk_note=f"weights in {dtype}",
+        options={},
+        layers=(),
+        notes=(),
+    )
+
+
+def _score(label: str, result: Result, ids: Tensor, reference: Reference, keep: Path | None) -> Run:
+    with bar(f"{label}: perplexity", len(ids)) as step:
+        score = perplexity.evaluate(result.model, ids, reference, progress=lambda loss: step(f"loss {loss:.3f}"))
+    size, note = _save(label, result, keep)
+    plan = result.plan
+    return Run(
+        label=label,
+        method=plan.recipe.name,
+        bits=plan.recipe.weights.grid.bits,
+        bits_per_weight=plan.bits_per_weight,
+        perplexity=score.perplexity,
+        kl=score.kl,
+        seconds=result.seconds,
+        peak_memory_bytes=result.peak_memory,
+        bytes_on_disk=size,
+        disk_note=note,
+        options={"format": str(plan.recipe.weights.with_scale(plan.dtype)), **asdict(plan.recipe.solver)},  # type: ignore[call-overload]
+        layers=tuple(_row(layer, plan) for layer in result.layers),
+        notes=tuple(result.fallbacks()),
+    )
+
+
+def _save(label: str, result: Result, keep: Path | None) -> tuple[int | None, str]:
+    """Save the checkpoint to learn its size (and keep it if asked); return the bytes of its weight files and a note."""
+    reason = CompressedTensors().refuses(result.plan)
+    if reason:
+        return None, f"not saved: {reason}"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = result.save((keep or Path(scratch)) / label)
+        return sum(f.stat().st_size for f in folder.glob("*.safetensors")), "compressed-tensors weight files"
+
+
+def _row(layer: Layer, plan: Plan) -> LayerRow:
+    base = layer.weight.base
+    return LayerRow(
+        name=layer.name,
+        kind=layer.name.rsplit(".", 1)[-1],
+        block=arch.block_index(layer.name),
+        shape=base.shape,
+        format=str(base.format),
+        bits_per_weight=plan.layers[layer.name].bits_per_weight,
+        loss=layer.loss,
+        relative_loss=layer.relative_loss,
+        notes=dict(layer.weight.notes),
+    )

@@ -1,0 +1,71 @@
+"""The errors a user can meet, each one line: what is wrong, where, and what would work.
+
+Every error carries a code `QF-nnn`; its class decides the exit status of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class QuantForgeError(Exception):
+    """A fault in what was given, not in quantforge; printed as one line, without a traceback.
+
+    `number` is the nnn of QF-nnn; `exit_code` is what the command line exits with.
+    """
+
+    exit_code = 1
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+    def __str__(self) -> str:
+        """Return the message on one line; what could steer a terminal is spelled out."""
+        text = " ".join(super().__str__().split())
+        return f"error[QF-{self.number}]: " + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+class RecipeError(QuantForgeError):
+    """A method, option or combination that does not exist (QF-2nn)."""
+
+    exit_code = 2
+
+
+class PlanError(QuantForgeError):
+    """The recipe and the model, or the output folder, do not go together (QF-25n)."""
+
+    exit_code = 2
+
+
+class ModelError(QuantForgeError):
+    """A model folder that is damaged, incomplete or not what it says (QF-3nn)."""
+
+    exit_code = 3
+
+
+class DataError(QuantForgeError):
+    """Calibration or evaluation text that cannot be used (QF-4nn)."""
+
+    exit_code = 4
+
+
+class ResourceError(QuantForgeError):
+    """The machine lacks something: a device, memory, disk, permission (QF-5nn)."""
+
+    exit_code = 5
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'x'? " for the closest of `known`, or an empty string."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def pick(what: str, name: str, known: Iterable[str]) -> str:
+    """Return `name` if it is among `known`; else raise RecipeError with the nearest name and all of them."""
+    known = list(known)
+    if name in known:
+        return name
+    raise RecipeError(201, f"no {what} is called {name!r}: {nearest(name, known)}There are: {', '.join(known) or 'none'}.")

@@ -1,0 +1,1 @@
+"""Evaluation: what a compressed model has lost."""

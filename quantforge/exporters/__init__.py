@@ -1,0 +1,1 @@
+"""Exporters: how a compressed model is written so that others load it."""

@@ -1,0 +1,138 @@
+"""compressed-tensors `pack-quantized`: integer weights of 2 to 8 bits that stock transformers and vLLM load.
+
+Codes are packed by the compressed-tensors library itself. A loader computes (q − z) · s in the dtype it loads the scales in,
+which is what `QTensor.dequantize` computes, so its weights equal ours bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from torch import Tensor
+
+from quantforge.errors import ModelError, PlanError
+from quantforge.numerics.formats import Format
+from quantforge.numerics.grids import IntGrid, int_grid
+from quantforge.numerics.qtensor import QTensor
+from quantforge.plan import Plan
+from quantforge.registry import register
+
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+@register("exporter", "compressed-tensors")
+@dataclass(frozen=True)
+class CompressedTensors:
+    """`pack-quantized` checkpoints of the compressed-tensors library."""
+
+    def refuses(self, plan: Plan) -> str | None:
+        """Return why `plan` cannot be held exactly, and what could; None if it can."""
+        transposed = [p.name for p in plan.layers.values() if p.transposed]
+        if transposed:
+            return (
+                f"compressed-tensors holds nn.Linear only, and {transposed[0]} (with {len(transposed) - 1} more) is a Conv1D; "
+                "quantize in memory from Python, or use `quantforge compare`, which needs no checkpoint."
+            )
+        for p in plan.layers.values():
+            if not isinstance(p.format.grid, IntGrid) or p.format.block[0] != 1:
+                return f"compressed-tensors cannot hold {p.format} of {p.name}; int2 to int8 by group or channel it can."
+        uneven = [p for p in plan.layers.values() if p.format.block[1] and p.shape[1] % p.format.block[1]]
+        if uneven:
+            widths = sorted({p.shape[1] for p in uneven})
+            group = uneven[0].format.block[1]
+            sizes = [n for n in (256, 128, 96, 64, 48, 32, 16) if all(p.shape[1] % n == 0 for p in plan.layers.values())]
+            works = ", ".join(map(str, sizes)) or "-1 (a whole row)"
+            return (
+                f"group size {group} does not divide the {' and '.join(map(str, widths))} inputs of {len(uneven)} layers "
+                f"(first {uneven[0].name}); these sizes divide every layer: {works}."
+            )
+        return None
+
+    def check(self, plan: Plan) -> None:
+        """Raise PlanError if `plan` is refused."""
+        reason = self.refuses(plan)
+        if reason:
+            raise PlanError(253, reason)
+
+    def tensors(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        """Return the tensors that stand in the file for the layer `name`, by full name."""
+        bits, half = weight.format.grid.bits, 1 << (weight.format.grid.bits - 1)
+        signed = (weight.codes.to(torch.int16) - half).to(torch.int8)
+        out = {
+            f"{name}.weight_packed": pack_to_int32(signed, bits),
+            f"{name}.weight_scale": weight.scale.contiguous(),
+            f"{name}.weight_shape": torch.tensor(weight.shape),
+        }
+        if weight.zero is not None:
+            out[f"{name}.weight_zero_point"] = pack_to_int32(weight.zero.contiguous(), bits, packed_dim=0)
+        return out
+
+    def config(self, plan: Plan, linears: list[str]) -> dict[str, Any]:
+        """Return the `quantization_config`, in keys that every reader of the format has long known.
+
+        linears  names of all nn.Linear modules of the model; those that the plan leaves alone are listed as ignored
+        """
+        fmt = next(iter(plan.layers.values())).format
+        weights: dict[str, Any] = {
+            "num_bits": fmt.grid.bits,
+            "type": "int",
+            "symmetric": fmt.symmetric,
+            "strategy": "group" if fmt.block[1] else "channel",
+            "dynamic": False,
+        }
+        if fmt.block[1]:
+            weights["group_size"] = fmt.block[1]
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": [name for name in linears if name not in plan.layers],
+        }
+
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, QTensor]:
+        """Return the quantized layers by name, from a `quantization_config` and all tensors of a checkpoint.
+
+        Raises ModelError for another format, and for tensors that are missing or do not fit together.
+        """
+        if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
+            found = f"{config.get('quant_method')} / {config.get('format')}"
+            raise ModelError(340, f"the checkpoint is in {found}; quantforge reads compressed-tensors / pack-quantized.")
+        groups = config.get("config_groups", {})
+        if len(groups) != 1:
+            raise ModelError(341, f"the checkpoint has {len(groups)} config groups; quantforge reads one.")
+        args = next(iter(groups.values()))["weights"]
+        layers = {}
+        for key in tensors:
+            name, _, part = key.rpartition(".")
+            if part == "weight_packed":
+                layers[name] = _unpack(name, args, {p: tensors.get(f"{name}.{p}") for p in _PARTS})
+        return layers
+
+
+def _unpack(name: str, args: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -> QTensor:
+    bits, symmetric = int(args["num_bits"]), bool(args["symmetric"])
+    needed = _PARTS[: 3 if symmetric else 4]
+    missing = [p for p in needed if parts[p] is None]
+    if missing:
+        raise ModelError(342, f"{name} lacks {', '.join(missing)}; the checkpoint is incomplete.")
+    packed, scale, shape_tensor = (parts[p] for p in _PARTS[:3])
+    assert packed is not None and scale is not None and shape_tensor is not None
+    shape = tuple(int(n) for n in shape_tensor)
+    group = args.get("group_size") if args.get("strategy") == "group" else None
+    groups = -(-shape[1] // group) if group else 1
+    if packed.shape != (shape[0], -(-shape[1] * bits // 32)) or scale.shape != (shape[0], groups):
+        raise ModelError(
+            343, f"{name}: packed {tuple(packed.shape)} and scales {tuple(scale.shape)} do not fit a weight of {shape}."
+        )
+    half = 1 << (bits - 1)
+    signed = unpack_from_int32(packed, bits, torch.Size(shape))
+    zero = None
+    if not symmetric and (z := parts["weight_zero_point"]) is not None:
+        zero = unpack_from_int32(z, bits, torch.Size((shape[0], groups)), packed_dim=0).contiguous()
+    fmt = Format(int_grid(bits), (1, group), symmetric, scale.dtype)
+    return QTensor(fmt, (signed.to(torch.int16) + half).to(torch.uint8), scale, zero)

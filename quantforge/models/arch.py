@@ -1,0 +1,106 @@
+"""Architectures, a row each: where the decoder blocks are, and which linear layers of a block read the same input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from quantforge.errors import ModelError
+from quantforge.models.walk import Stage
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One row of the table.
+
+    blocks  where the list of decoder blocks is, from the model's top
+    stages  the linear layers of one block in the order in which they run; those of one tuple read the same input
+    """
+
+    blocks: str
+    stages: tuple[tuple[str, ...], ...]
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+
+TABLE = {
+    "llama": Arch("model.layers", _GATED),
+    "mistral": Arch("model.layers", _GATED),
+    "qwen2": Arch("model.layers", _GATED),
+    "qwen3": Arch("model.layers", _GATED),
+    "gemma2": Arch("model.layers", _GATED),
+    "gemma3_text": Arch("model.layers", _GATED),
+    "gemma3": Arch("model.language_model.layers", _GATED),
+    "opt": Arch("model.decoder.layers", (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",))),
+    "gpt2": Arch("transformer.h", (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))),
+    "phi3": Arch(
+        "model.layers", (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
+    ),
+}
+
+
+def find_stages(model: nn.Module) -> tuple[list[Stage], str]:
+    """Return the stages of every block of `model`, in the order of its forward, and a note ("" when there is none).
+
+    An architecture that the table lacks is walked: every linear layer of its decoder blocks is a stage of its own, in
+    the order of definition, and the note says so. ModelError if no decoder blocks are found.
+    """
+    kind = getattr(model.config, "model_type", "")
+    arch = TABLE.get(kind)
+    stages: list[Stage] = []
+    if arch is not None:
+        for i in range(len(_children(model, arch.blocks))):
+            for names in arch.stages:
+                full = tuple(f"{arch.blocks}.{i}.{name}" for name in names)
+                stages.append(Stage(full, tuple(model.get_submodule(name) for name in full)))
+        return stages, ""
+    path = _longest_list(model)
+    for name, module in model.get_submodule(path).named_modules(prefix=path):
+        if is_linear(module):
+            stages.append(Stage((name,), (module,)))
+    if not stages:
+        raise ModelError(330, f"{kind or type(model).__name__} has no linear layers in {path}, so there is nothing to quantize.")
+    return stages, f"architecture {kind!r} is not in the table: the linear layers of {path} are taken one by one"
+
+
+def _children(model: nn.Module, path: str) -> nn.ModuleList:
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def _longest_list(model: nn.Module) -> str:
+    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    if not lists:
+        kind = getattr(model.config, "model_type", type(model).__name__)
+        raise ModelError(331, f"no decoder blocks were found in architecture {kind!r}; known are {', '.join(TABLE)}.")
+    return max(lists, key=lambda name: (lists[name], -len(name)))
+
+
+def block_index(name: str) -> int | None:
+    """Return the number of the decoder block in a layer's full name, or None."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether `module` is a layer that can be quantized: nn.Linear, or GPT-2's transposed Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def get_weight(module: nn.Module) -> torch.Tensor:
+    """Return a linear layer's weight as [out, in] in float32; a Conv1D stores it the other way round."""
+    weight = module.weight.detach()
+    assert isinstance(weight, torch.Tensor)
+    return (weight.T if isinstance(module, Conv1D) else weight).float()
+
+
+def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Put `weight` [out, in] into a linear layer, in the layer's own dtype and orientation."""
+    target = module.weight
+    assert isinstance(target, torch.Tensor)
+    with torch.no_grad():
+        target.copy_(weight.T if isinstance(module, Conv1D) else weight)

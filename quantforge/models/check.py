@@ -1,0 +1,164 @@
+"""Check that a model is what its folder says: names and shapes before it is loaded, values and token ids after."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from quantforge.errors import ModelError
+from quantforge.models.folder import FLOATS, Folder, read_folder
+from quantforge.models.headers import TensorInfo, read_header, show, some
+
+__all__ = [
+    "Folder",
+    "TensorInfo",
+    "check_finite",
+    "check_ids",
+    "check_names_and_shapes",
+    "check_tokenizer",
+    "read_folder",
+    "read_header",
+]
+
+_ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+_Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+
+def check_names_and_shapes(folder: Folder, model: torch.nn.Module) -> None:
+    """Compare the folder's tensors with a model made from its config, on the meta device.
+
+    Names are matched as transformers matches them when it loads (renamed, fused, tied, with or without the base model's
+    prefix), by a rehearsal of its own loading with tensors that have no data. ModelError if a tensor is missing, is of
+    another shape, is no float, or does not belong.
+    """
+    assert isinstance(model, PreTrainedModel)
+    shapes = {name: t.shape for name, t in folder.tensors.items()}
+    missing, unexpected, mismatched = _rehearse(model, shapes)
+    whose = f"{show(folder.path)} does not fit its config.json ({type(model).__name__})"
+    if mismatched:
+        listed = some(f"{show(name)} is {list(got)}, not {list(want)}" for name, got, want in sorted(mismatched))
+        raise ModelError(
+            341, f"{whose}: {len(mismatched)} tensors have another shape: {listed}; download the model again."
+        )
+    if missing:
+        # Of a tied pair the second is absent by right; it is the first that has to be found.
+        tied = model.all_tied_weights_keys
+        missing = {name for name in missing if tied.get(name) not in missing}
+        listed = some(map(show, sorted(missing)))
+        raise ModelError(340, f"{whose}: {len(missing)} tensors are missing: {listed}; download the model again.")
+    if unexpected:
+        listed = some(map(show, sorted(unexpected)))
+        raise ModelError(
+            342, f"{whose}: {len(unexpected)} tensors do not belong to it: {listed}; use the config.json of this model."
+        )
+    odd = {name for name, t in folder.tensors.items() if t.dtype not in FLOATS}
+    if odd:
+        _refuse_odd(folder, model, odd)
+
+
+def _refuse_odd(folder: Folder, model: PreTrainedModel, odd: set[str]) -> None:
+    """Raise ModelError if a parameter would be filled from tensors that are no floats; buffers may be of any dtype."""
+    wanted = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+    try:
+        missing, _, mismatched = _rehearse(model, {n: t.shape for n, t in folder.tensors.items() if n not in odd})
+        lost = wanted & (missing | {name for name, _, _ in mismatched})
+    except ModelError:  # what is left cannot be fused
+        lost = odd
+    if lost:
+        listed = some(f"{show(n)} is {folder.tensors[n].dtype}" for n in sorted(odd, key=lambda n: (n not in lost, n)))
+        raise ModelError(343, f"weights must be {', '.join(FLOATS)}, but {listed}: use the unquantized model.")
+
+
+def _rehearse(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> tuple[set[str], set[str], set[_Mismatch]]:
+    """Load tensors of these shapes, without data, into a twin of `model` → missing, unexpected and mismatched names."""
+    state = {name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()}
+    try:
+        with _quiet():
+            _, found = type(model).from_pretrained(
+                None,
+                config=copy.deepcopy(model.config),
+                state_dict=state,
+                dtype=model.dtype,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        # Raised when tensors that are to be fused, such as a layer's experts, are too few or do not fit together.
+        kind = type(model).__name__
+        raise ModelError(
+            344, f"tensors that {kind} fuses when it loads are missing or of another shape: download the model again."
+        ) from error
+    mismatched = {(name, tuple(got), tuple(want)) for name, got, want in found["mismatched_keys"]}
+    return set(found["missing_keys"]), set(found["unexpected_keys"]), mismatched
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' report and progress bar off the terminal: a ModelError says it in a line."""
+    level = logging.get_verbosity()
+    hook = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.set_tqdm_hook(hook)
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raise ModelError naming the parameters that hold NaN or Inf, and how many of each."""
+    bad = []
+    for name, parameter in model.named_parameters():
+        x = parameter.detach()
+        # A sum is finite only if every term is; the converse fails when it overflows, so a bad sum is only a suspicion.
+        if not x.is_floating_point() or torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))):
+            continue
+        nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
+        if nan or inf:
+            bad.append(f"{show(name)} has {nan:,} NaN and {inf:,} Inf of {x.numel():,}")
+    if bad:
+        raise ModelError(
+            345, f"{len(bad)} tensors are not finite: {some(bad)}; download the model again or repair them."
+        )
+
+
+def check_tokenizer(tokenizer: Any, model_config: Any, folder_name: str) -> None:
+    """Raise ModelError if the tokenizer can give an id that has no row in the model's embedding.
+
+    Special tokens without a role in text (such as an image marker in the text-only member of a family) may lie beyond
+    the rows, since text does not yield them; `check_ids` tells if it does after all.
+    """
+    rows = model_config.get_text_config().vocab_size
+    names = {i: token for token, i in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    names.update({i: str(token) for i, token in added.items()})
+    roles = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
+    marks = {i for i, token in added.items() if getattr(token, "special", False)} - roles
+    beyond = sorted(i for i in names if i >= rows and i not in marks)
+    if beyond:
+        raise ModelError(
+            346,
+            f"the tokenizer in {show(folder_name)} has {len(beyond)} tokens beyond the {rows:,} rows of the embedding, "
+            f"first {show(names[beyond[0]])} with id {beyond[0]:,}: use the tokenizer that belongs to the model.",
+        )
+
+
+def check_ids(ids: Tensor, tokenizer: Any, model_config: Any) -> None:
+    """Raise ModelError if token ids [...] reach beyond the rows of the embedding, naming the first token that does."""
+    rows = model_config.get_text_config().vocab_size
+    beyond = ids[ids >= rows]
+    if beyond.numel():
+        first = int(beyond.flatten()[0])
+        token = tokenizer.convert_ids_to_tokens(first)
+        raise ModelError(
+            347,
+            f"the text holds the token {show(token)}, id {first:,}, but the embedding has {rows:,} rows: remove it.",
+        )

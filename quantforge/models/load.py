@@ -1,0 +1,176 @@
+"""A folder, a hub id or the demo model → a checked model and its tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from quantforge.errors import ModelError, ResourceError
+from quantforge.models import check, demo
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and checked, with nothing of its weights read yet.
+
+    name      what reports call it
+    path      the folder, or the folder of the demo model's file
+    config    the transformers config, without keys that run code
+    dtype     the dtype of its checkpoint, in which scales will be stored
+    gguf      the file's name for the demo model, else None
+    notes     what the user should know
+    """
+
+    name: str
+    path: Path
+    config: Any
+    dtype: torch.dtype
+    gguf: str | None = None
+    notes: tuple[str, ...] = ()
+    folder: check.Folder | None = None
+    trust_remote_code: bool = False
+
+    def skeleton(self) -> nn.Module:
+        """Return the model on the meta device: every layer and shape, no weights; shapes are checked against the files."""
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+            )
+        if self.folder is not None:
+            check.check_names_and_shapes(self.folder, model)
+        return model
+
+
+def find(model: str | None, *, trust_remote_code: bool = False) -> Source:
+    """Find a model by folder, by hub id, or (None) the demo model; check config, index and headers.
+
+    Raises ModelError for anything damaged or missing, ResourceError when a hub id cannot be reached.
+    """
+    if model is None:
+        file = demo.find()
+        with quiet():
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        config.dtype = torch.bfloat16
+        return Source(demo.NAME, file.parent, config, torch.bfloat16, file.name, (demo.NOTE,))
+    path = Path(model)
+    if not path.exists():
+        path = _download(model)
+    folder = check.read_folder(path, trust_remote_code=trust_remote_code)
+    notes = (f"keys of config.json were ignored: {', '.join(folder.stripped)}",) if folder.stripped else ()
+    return Source(
+        path.name if Path(model).exists() else model,
+        path,
+        make_config(path, folder.config, trust_remote_code=trust_remote_code),
+        DTYPES[folder.dtype],
+        None,
+        notes,
+        folder,
+        trust_remote_code,
+    )
+
+
+def make_config(folder: Path, settings: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """Turn the keys of a checked config.json into a transformers config; ModelError if transformers refuses them."""
+    settings = dict(settings)
+    kind = settings.pop("model_type", None)
+    try:
+        if trust_remote_code and "auto_map" in settings:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        return AutoConfig.for_model(kind, **settings)
+    except Exception as error:  # a hostile config can make transformers raise anything
+        raise ModelError(321, f"{folder / 'config.json'}: {kind} does not accept it: {error}") from error
+
+
+def _download(name: str) -> Path:
+    """Fetch a hub model's config, tokenizer and safetensors into the local cache."""
+    allowed = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=allowed, local_files_only=constants.HF_HUB_OFFLINE))
+    except Exception as error:
+        raise ModelError(
+            322,
+            f"{name!r} is no folder here and could not be fetched from the hub ({type(error).__name__}); "
+            "give a local folder, or leave MODEL out for the demo model.",
+        ) from error
+
+
+def tokenizer(source: Source) -> Any:
+    """Return the model's tokenizer; ModelError if it is missing or does not fit the embedding."""
+    where = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": source.trust_remote_code}
+    found = read_tokenizer(source.path, **where)
+    check.check_tokenizer(found, source.config, source.name)
+    return found
+
+
+def read_tokenizer(folder: Path, **where: Any) -> Any:
+    """Return the tokenizer in `folder`; ModelError if it cannot be loaded."""
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+    except Exception as error:
+        raise ModelError(323, f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+
+
+def model(source: Source, device: str = "cpu") -> nn.Module:
+    """Return the model in float32 on `device`, in evaluation mode; NaN or infinity in it is a ModelError.
+
+    Weights keep the values of the checkpoint's dtype: float32 is what is computed in.
+    """
+    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {"use_safetensors": True}
+    with quiet():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=source.config,
+            dtype=source.dtype,
+            local_files_only=True,
+            trust_remote_code=source.trust_remote_code,
+            **where,
+        )
+    check.check_finite(loaded)
+    result: nn.Module = loaded.float().eval().to(check_device(device))
+    return result
+
+
+def check_device(device: str) -> torch.device:
+    """Return the device called "cpu" or "cuda"; ResourceError if the machine lacks it."""
+    if device not in ("cpu", "cuda"):
+        raise ResourceError(501, f"there is no device {device!r}; cpu and cuda are known.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(502, "--device cuda was asked for, but torch sees no CUDA GPU; --device cpu works.")
+    return torch.device(device)
+
+
+def read_tensors(folder: check.Folder) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checked folder, by name, as stored."""
+    tensors = {}
+    for file in sorted({t.file for t in folder.tensors.values()}):
+        tensors.update(load_file(file))
+    return tensors
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' and the GGUF reader's own progress bars and notices while loading."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

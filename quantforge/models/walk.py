@@ -1,0 +1,85 @@
+"""The staged walk: every batch goes through the model once, and waits where a layer is about to be compressed.
+
+A layer's *input* is needed before it is compressed and its *output* only afterwards. So each batch runs the model's own
+forward in a greenlet (one thread, only one of them running) and parks when it reaches a stage that is not solved
+yet. When all have arrived, the stage is solved and they go on, now through the compressed layers. Later stages see the
+inputs that the compressed earlier ones produce, as with GPTQ's true-sequential order (arXiv:2210.17323, section 3), yet
+each layer is evaluated exactly once per token, and no code here knows an architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linear layers that read the same input and are solved together.
+
+    names    full module names, in the order in which the forward calls them
+    modules  the layers themselves
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+
+class _Parked(greenlet):
+    """One batch on its way; `at` is the index of the stage it waits for."""
+
+    at: int = -1
+
+
+def walk(
+    forward: Callable[[Tensor], object],
+    batches: Sequence[Tensor],
+    stages: Sequence[Stage],
+    observe: Callable[[int, int, Tensor], None],
+) -> Iterator[int]:
+    """Yield the index of each stage, in order, when every batch has reached it; solve it before asking for the next.
+
+    forward   runs the model on one batch of token ids
+    batches   token ids [sequences, seq_len], each
+    stages    in the order in which the forward reaches them; a stage that no batch calls is yielded too
+    observe   (stage, batch, x [..., in]): called once per batch with the input of the stage, before it is evaluated
+    """
+    solved = -1
+
+    def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def park(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if index <= solved:
+                return
+            current = getcurrent()
+            assert isinstance(current, _Parked)
+            observe(index, running.index(current), args[0])
+            current.at = index
+            current.parent.switch()
+
+        return park
+
+    def run(batch: Tensor) -> None:
+        with torch.no_grad():
+            forward(batch)
+
+    handles = [m.register_forward_pre_hook(hook(i)) for i, s in enumerate(stages) for m in s.modules]
+    running = [_Parked(run) for _ in batches]
+    try:
+        for one, batch in zip(running, batches, strict=True):
+            one.switch(batch)
+        for index in range(len(stages)):
+            yield index
+            solved = index
+            for one in running:
+                if not one.dead and one.at == index:
+                    one.switch()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for one in running:
+            if not one.dead:
+                one.throw()

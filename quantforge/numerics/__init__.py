@@ -1,0 +1,1 @@
+"""What can be stored: grids, formats, ranges, packed codes. Imports torch and nothing of ours."""

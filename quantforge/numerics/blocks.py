@@ -1,0 +1,49 @@
+"""A matrix as the blocks that share a scale, and back.
+
+`block` is (rows, columns) with None for the whole axis: (1, 64) groups along the input, (1, None) rows (a channel of a
+weight, a token of an activation), (None, None) the tensor. A last block may be smaller than the others.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Block = tuple[int | None, int | None]
+
+
+def extents(shape: tuple[int, int], block: Block) -> tuple[int, int]:
+    """Return the block's rows and columns for a matrix of `shape`, with None resolved."""
+    rows, cols = block
+    return rows or max(shape[0], 1), cols or max(shape[1], 1)
+
+
+def counts(shape: tuple[int, int], block: Block) -> tuple[int, int]:
+    """Return how many blocks a matrix of `shape` has along rows and along columns."""
+    rows, cols = extents(shape, block)
+    return -(-shape[0] // rows), -(-shape[1] // cols)
+
+
+def tiles(x: Tensor, block: Block, *, fill: float | None = None) -> Tensor:
+    """Cut `x` [rows, cols] into blocks → [row blocks, column blocks, elements of a block].
+
+    Where the last block is short it is filled up with `fill`, or by repeating its last row or column (which leaves
+    minimum and maximum as they are).
+    """
+    shape = (x.shape[0], x.shape[1])
+    rows, cols = extents(shape, block)
+    down, across = counts(shape, block)
+    pad = (0, across * cols - shape[1], 0, down * rows - shape[0])
+    if any(pad):
+        x = F.pad(x[None], pad, mode="replicate")[0] if fill is None else F.pad(x, pad, value=fill)
+    return x.reshape(down, rows, across, cols).transpose(1, 2).reshape(down, across, rows * cols)
+
+
+def spread(stat: Tensor, shape: tuple[int, int], block: Block) -> Tensor:
+    """Repeat a value a block, `stat` [row blocks, column blocks], over the matrix → `shape`."""
+    rows, cols = extents(shape, block)
+    if rows > 1:
+        stat = stat.repeat_interleave(rows, 0)[: shape[0]]
+    if cols > 1:
+        stat = stat.repeat_interleave(cols, 1)[:, : shape[1]]
+    return stat

@@ -1,0 +1,167 @@
+"""The plan: what every layer becomes, checked before any weight is read or any data needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from quantforge.errors import PlanError
+from quantforge.models import arch
+from quantforge.models.walk import Stage
+from quantforge.numerics.formats import Format
+from quantforge.protocols import Exporter
+from quantforge.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer becomes.
+
+    name        full module name
+    shape       (out, in)
+    format      how it will be stored
+    transposed  True for GPT-2's Conv1D, which holds [in, out]
+    """
+
+    name: str
+    shape: tuple[int, int]
+    format: Format
+    transposed: bool = False
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of one weight with its share of scales and zero points."""
+        return self.format.nbits(self.shape) / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe laid over a model.
+
+    recipe  what is done
+    stages  names of the layers that are solved together, in the order of the forward
+    layers  by full name, in the same order
+    kept    parameters that stay as they are: (count, bytes in the checkpoint's dtype)
+    dtype   the checkpoint's dtype, in which scales are stored
+    notes   what the user should know
+    """
+
+    recipe: Recipe
+    stages: tuple[tuple[str, ...], ...]
+    layers: dict[str, LayerPlan]
+    kept: tuple[int, int]
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits per weight of the quantized layers, scales and zero points counted."""
+        weights = sum(p.shape[0] * p.shape[1] for p in self.layers.values())
+        return sum(p.format.nbits(p.shape) for p in self.layers.values()) / max(weights, 1)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the float model in the checkpoint's dtype."""
+        weights = sum(p.shape[0] * p.shape[1] for p in self.layers.values())
+        return self.kept[1] + weights * self.dtype.itemsize
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the quantized layers and of all that stays as it is."""
+        return self.kept[1] + sum(-(-p.format.nbits(p.shape) // 8) for p in self.layers.values())
+
+    def select(self, stages: Sequence[Stage]) -> list[Stage]:
+        """Cut a model's stages down to the layers that this plan quantizes."""
+        return list(_without(stages, lambda name: name not in self.layers))
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return {
+            "method": self.recipe.name,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "layers": [
+                {"name": p.name, "shape": p.shape, "format": str(p.format), "bits_per_weight": p.bits_per_weight}
+                for p in self.layers.values()
+            ],
+            "notes": self.notes,
+        }
+
+    def table(self) -> str:
+        """Return what each layer becomes as lines of text, with the totals."""
+        width = max(map(len, self.layers), default=5)
+        lines = [f"{'layer':{width}}  {'out x in':>13}  {'format':22}  bits/weight"]
+        for p in self.layers.values():
+            lines.append(f"{p.name:{width}}  {p.shape[0]:>6}x{p.shape[1]:<6}  {p.format!s:22}  {p.bits_per_weight:.3f}")
+        lines.append(
+            f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight; "
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+        )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype, exporter: Exporter | None = None) -> Plan:
+    """Lay `recipe` over `model` (its weights may be on the meta device) and check all that needs no data.
+
+    dtype     the checkpoint's dtype: scales are stored in it
+    exporter  refuses here what it cannot write; None for models that stay in memory
+
+    Raises PlanError naming the layers and what would work.
+    """
+    found, note = arch.find_stages(model)
+    stages = _without(found, lambda name: _skipped(name, recipe.skip))
+    fmt = recipe.weights.with_scale(dtype)
+    layers = {}
+    for stage in stages:
+        for name, module in zip(stage.names, stage.modules, strict=True):
+            out, width = (int(n) for n in module.weight.shape)  # type: ignore[union-attr, arg-type]
+            transposed = isinstance(module, Conv1D)
+            layers[name] = LayerPlan(name, (width, out) if transposed else (out, width), fmt, transposed)
+    quantized = {id(m.weight) for s in stages for m in s.modules}
+    rest = [p for p in model.parameters() if id(p) not in quantized]
+    _refuse_tied(model, stages)
+    kept = sum(p.numel() for p in rest)
+    plan = Plan(
+        recipe, tuple(s.names for s in stages), layers, (kept, kept * dtype.itemsize), dtype, (note,) if note else ()
+    )
+    if exporter is not None:
+        exporter.check(plan)
+    return plan
+
+
+def with_notes(plan: Plan, notes: Sequence[str]) -> Plan:
+    """Return `plan` with more notes for the user."""
+    return replace(plan, notes=(*notes, *plan.notes))
+
+
+def _without(stages: Sequence[Stage], drop: object) -> list[Stage]:
+    assert callable(drop)
+    kept = []
+    for stage in stages:
+        pairs = [(n, m) for n, m in zip(stage.names, stage.modules, strict=True) if not drop(n)]
+        if pairs:
+            kept.append(Stage(tuple(n for n, _ in pairs), tuple(m for _, m in pairs)))
+    return kept
+
+
+def _skipped(name: str, skip: Sequence[str]) -> bool:
+    return any(name == s or name.endswith(f".{s}") for s in skip)
+
+
+def _refuse_tied(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """A weight that two modules share must not be quantized under one name only."""
+    owners: dict[int, str] = {}
+    targets = {name for s in stages for name in s.names}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        first = owners.setdefault(id(weight), name)
+        if first != name and (first in targets or name in targets):
+            raise PlanError(252, f"{name} and {first} share one weight, so neither can be quantized alone; skip both.")

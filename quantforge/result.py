@@ -1,0 +1,103 @@
+"""What a quantization run hands back: the model, a row a layer, and how to keep it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantforge.pipeline import Layer
+from quantforge.plan import Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """A quantized model and what happened on the way.
+
+    model        computes with the dequantized weights
+    plan         what was asked for
+    layers       a row a layer, in the order of the forward
+    tokenizer    the model's, or None
+    source       name of the float model
+    calibration  where the calibration tokens came from; empty if none were used
+    seconds      from the first forward to the last solve
+    peak_memory  bytes above the loaded model, or None where it cannot be measured
+    """
+
+    model: nn.Module
+    plan: Plan
+    layers: tuple[Layer, ...]
+    tokenizer: Any
+    source: str
+    calibration: dict[str, Any]
+    seconds: float
+    peak_memory: int | None
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a compressed-tensors checkpoint to `folder`, whole or not at all; return the folder.
+
+        Raises PlanError if the folder exists (unless `overwrite`) or the format cannot hold the model.
+        """
+        from quantforge.checkpoint import save
+
+        return save(self, Path(folder), overwrite=overwrite)
+
+    def record(self) -> dict[str, Any]:
+        """Return everything but the tensors, as plain JSON values."""
+        recipe = self.plan.recipe
+        return {
+            "schema": 1,
+            "source": self.source,
+            "method": recipe.name,
+            "paper": recipe.paper,
+            "format": str(recipe.weights.with_scale(self.plan.dtype)),
+            "solver": repr(recipe.solver),
+            "bits_per_weight": self.plan.bits_per_weight,
+            "bytes_before": self.plan.bytes_before,
+            "bytes_after": self.plan.bytes_after,
+            "calibration": self.calibration,
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+            "notes": list(self.plan.notes),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.weight.base.shape),
+                    "format": str(layer.weight.base.format),
+                    "bits_per_weight": self.plan.layers[layer.name].bits_per_weight,
+                    "loss": layer.loss,
+                    "relative_loss": layer.relative_loss,
+                    "tokens": layer.tokens,
+                    **layer.weight.notes,
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def summary(self) -> str:
+        """Return a few lines: the method, bits and bytes, time, the layers that lost most, and any fallback."""
+        plan = self.plan
+        worst = sorted(self.layers, key=lambda layer: -layer.relative_loss)[:3]
+        memory = f", {self.peak_memory / 1e6:.0f} MB above the model" if self.peak_memory is not None else ""
+        lines = [
+            f"{self.source}: {plan.recipe.name}, {len(self.layers)} layers at {plan.bits_per_weight:.3f} bits per weight",
+            f"{plan.bytes_before / 1e6:.1f} MB -> {plan.bytes_after / 1e6:.1f} MB in {self.seconds:.1f} s{memory}",
+            "most lost: " + ", ".join(f"{layer.name} {layer.relative_loss:.2%}" for layer in worst),
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.fallbacks()), *(f"note: {n}" for n in plan.notes)])
+
+    def fallbacks(self) -> list[str]:
+        """Name the layers that could not be solved as asked: more damping, a diagonal Hessian, no tokens."""
+        asked = getattr(self.plan.recipe.solver, "damp_percent", None)
+        found = []
+        for layer in self.layers:
+            notes = layer.weight.notes
+            if self.plan.recipe.solver.needs and not layer.tokens:
+                found.append(f"{layer.name} saw no calibration token and was rounded")
+            elif notes.get("rung") == "diagonal":
+                found.append(f"{layer.name}: its Hessian could not be factored, and only its diagonal was used")
+            elif asked is not None and notes.get("damp") != asked:
+                found.append(f"{layer.name}: damping was raised to {notes.get('damp')}")
+        return found

@@ -1,0 +1,94 @@
+"""The column loop that GPTQ and its relatives share, and the triangular factor that drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_INNER = 16  # columns updated one by one before a small matrix product takes over; speed only
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U, upper triangular with UᵀU = (H + λI)⁻¹, and how it was obtained.
+
+    u      [in, in] in the dtype in which the Cholesky factorization succeeded
+    damp   λ as a share of the mean of diag(H)
+    rung   "float32", "float64", or "diagonal" when no damping made H factorizable and only its diagonal is used
+    dead   [in] bool: columns whose input was always zero
+    """
+
+    u: Tensor
+    damp: float
+    rung: str
+    dead: Tensor
+
+
+def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = None) -> Factor:
+    """Factor a Hessian [in, in], with its columns taken in `order` [in], climbing a ladder until it succeeds.
+
+    With J the reversal, H = R Rᵀ for R = J chol(J H J) J upper triangular, and U = R⁻¹: one Cholesky and no explicit
+    inverse (GPTQ is Babai's nearest plane, arXiv:2507.18553). The ladder: the dtype of H with λ = damp_percent,
+    float64, then λ three times as large up to 1, then the diagonal alone.
+    """
+    if order is not None:
+        hessian = hessian[order][:, order]
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal.double().clamp(min=0).mean())
+    size = hessian.shape[0]
+    dtypes = [hessian.dtype] if hessian.dtype == torch.float64 else [hessian.dtype, torch.float64]
+    damp = damp_percent
+    while mean > 0 and torch.isfinite(hessian).all() and damp <= 1:
+        for dtype in dtypes:
+            h = hessian.to(dtype, copy=True)
+            h.diagonal().add_(damp * mean)
+            h.diagonal()[dead] = mean
+            lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+            if not failed:
+                eye = torch.eye(size, dtype=dtype, device=h.device)
+                u = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+                if torch.isfinite(u).all():
+                    return Factor(u.to(hessian.dtype), damp, str(dtype).removeprefix("torch."), dead)
+        damp = max(3 * damp, 0.01)
+    usable = torch.where((diagonal > 0) & diagonal.isfinite(), diagonal, 1.0)
+    return Factor(torch.diag(usable.rsqrt()), damp_percent, "diagonal", dead)
+
+
+def sweep(
+    wt: Tensor,
+    u: Tensor,
+    rounded: Callable[[int, Tensor], Tensor],
+    block_size: int = 128,
+) -> Tensor:
+    """Round a matrix column by column, moving each column's error onto the columns still to come.
+
+    Greedily minimises ‖(W − Ŵ)X‖² (GPTQ, arXiv:2210.17323, algorithm 1). The error of column j, divided by U_jj, times
+    row j of U is taken off the later columns; those of the same inner block at once, the others in matrix products.
+
+    wt          [in, out], the transposed weight, so that a column of W is contiguous; overwritten and returned as Ŵᵀ
+    u           [in, in] upper triangular
+    rounded     (j, column [out]) → the column as it will be stored, [out]
+    block_size  columns after which the rest of the matrix is updated: changes speed, not Ŵ
+    """
+    size = wt.shape[0]
+    pivots = u.diagonal().tolist()
+    errors = wt.new_empty(block_size, wt.shape[1])
+    for start in range(0, size, block_size):
+        stop = min(start + block_size, size)
+        for inner in range(start, stop, _INNER):
+            end = min(inner + _INNER, stop)
+            for j in range(inner, end):
+                column = rounded(j, wt[j])
+                error = torch.sub(wt[j], column, out=errors[j - start]).div_(pivots[j])
+                wt[j] = column
+                if j + 1 < end:
+                    wt[j + 1 : end].addr_(u[j, j + 1 : end], error, alpha=-1)
+            if end < stop:
+                wt[end:stop].addmm_(u[inner:end, end:stop].T, errors[inner - start : end - start], alpha=-1)
+        if stop < size:
+            wt[stop:].addmm_(u[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    return wt

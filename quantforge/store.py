@@ -1,0 +1,129 @@
+"""The only code that writes results: everything is staged beside its destination, synced, then renamed into place.
+
+A folder that is published is whole or absent; an old one stays until the new one has taken its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantforge.errors import PlanError, ResourceError
+
+MARK = "quantforge.json"
+
+
+def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
+    """Refuse, before any work, an output folder that exists, would destroy an input, or cannot be written.
+
+    With `overwrite` a folder is replaced only if it is empty or was written by quantforge.
+    Raises PlanError, or ResourceError if the place cannot be written to.
+    """
+    target = out.resolve()
+    for source in (p.resolve() for p in inputs):
+        if target == source or source in target.parents:
+            raise PlanError(260, f"--out {out} is the model's own folder or lies in it; choose a folder outside {source}.")
+        if target in source.parents:
+            raise PlanError(261, f"--out {out} contains the input {source}, which would be lost; choose another folder.")
+    if os.path.lexists(out):
+        if not overwrite:
+            raise PlanError(262, f"--out {out} exists; choose another folder, or give --overwrite to replace it.")
+        if not out.is_dir() or out.is_symlink():
+            raise PlanError(263, f"--out {out} is not a folder, and only a folder is ever replaced; remove it yourself.")
+        if any(out.iterdir()) and not (out / MARK).is_file():
+            raise PlanError(264, f"--out {out} was not written by quantforge (no {MARK} in it); it is left alone.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        raise ResourceError(510, f"{out.parent} cannot be written to: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty staging folder beside `out`; on leaving, sync it and give it the name `out`.
+
+    If the body raises, the staging folder is removed and `out` is as it was. Files get the mode that the user's umask
+    gives to new files. ResourceError if the disk is full or fails.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        yield staging
+        _settle(staging)
+        if overwrite and out.exists():
+            _exchange(staging, out)
+        else:
+            os.rename(staging, out)
+            _sync(out.parent)
+    except OSError as error:
+        raise ResourceError(511, f"{out} could not be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all, replacing an old one; parents are made.
+
+    Raises ResourceError if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+        _sync(path.parent)
+    except OSError as error:
+        raise ResourceError(512, f"{path} could not be written: {error.strerror or error}.") from error
+
+
+def _settle(folder: Path) -> None:
+    """Give every file and folder below `folder`, and itself, the user's normal mode, and sync all of it to disk."""
+    mask = _umask()
+    for root, _, files in os.walk(folder):
+        for name in files:
+            path = Path(root, name)
+            path.chmod(0o666 & ~mask)
+            _sync(path)
+        Path(root).chmod(0o777 & ~mask)
+        _sync(Path(root))
+
+
+def _exchange(staging: Path, out: Path) -> None:
+    """Swap the two folders' names in one step, so that `out` is never absent; where that is impossible, in two."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    renamed = hasattr(libc, "renameat2") and libc.renameat2(here, os.fsencode(staging), here, os.fsencode(out), swap) == 0
+    if not renamed:
+        aside = staging.with_suffix(".old")
+        os.rename(out, aside)
+        os.rename(staging, out)
+        shutil.rmtree(aside)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
