@@ -1,9 +1,9 @@
 """quantforge: post-training quantization and compression of language models.
 
-    result = quantforge.quantize("path/to/model", method="gptq", bits=4, group_size=64)
-    result.save("path/to/checkpoint")
-    quantforge.evaluate("path/to/checkpoint").perplexity
-    model = quantforge.load("path/to/checkpoint")
+result = quantforge.quantize("path/to/model", method="gptq", bits=4, group_size=64)
+result.save("path/to/checkpoint")
+quantforge.evaluate("path/to/checkpoint").perplexity
+model = quantforge.load("path/to/checkpoint")
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,28 +60,28 @@ def quantize(
     """
     chosen = recipe.load(method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings)
     loading.check_device(device)
-    exporter = CompressedTensors() if out is not None else None
+    target = None if out is None else Path(out)
+    draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed)
+    ids, provenance = None, dict[str, Any]()
     if isinstance(model, nn.Module):
-        name, built, notes = type(model).__name__, model, ()
+        if target is not None:
+            check_target(target, overwrite=overwrite)
+        exporter = None if target is None else CompressedTensors()
         plan = planning.make(model, chosen, next(model.parameters()).dtype, exporter)
-        if out is not None:
-            check_target(Path(out), overwrite=overwrite)
+        if chosen.solver.needs:
+            ids, provenance = draw(tokenizer=tokenizer, seq_len=seq_len, count=samples)
+        name, built = type(model).__name__, model
     else:
         source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
-        plan = prepare(source, chosen, None if out is None else Path(out), overwrite=overwrite)
+        plan = planning.with_notes(prepare(source, chosen, target, overwrite=overwrite), source.notes)
         tokenizer = tokenizer or loading.tokenizer(source)
-        name, notes = source.name, source.notes
         if chosen.solver.needs:
             check_length(source.config, seq_len)
-    ids, provenance = None, {}
-    if chosen.solver.needs:
-        ids, provenance = token_ids(calibration, "calibration", tokenizer, seq_len, samples, shuffle=shuffle, seed=seed)
-    if not isinstance(model, nn.Module):
-        built = loading.model(source, device)
-    plan = planning.with_notes(plan, notes)
+            ids, provenance = draw(tokenizer=tokenizer, seq_len=seq_len, count=samples)
+        name, built = source.name, loading.model(source, device)
     result = run(built, plan, ids, tokenizer=tokenizer, source=name, calibration=provenance)
-    if out is not None:
-        result.save(out, overwrite=overwrite)
+    if target is not None:
+        result.save(target, overwrite=overwrite)
     return result
 
 
@@ -137,7 +138,9 @@ def check_length(config: Any, seq_len: int) -> None:
     """Refuse windows longer than the model's positions."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
-        raise PlanError(254, f"seq_len {seq_len} is more than the {limit} positions of this model; use at most {limit}.")
+        raise PlanError(
+            254, f"seq_len {seq_len} is more than the {limit} positions of this model; use at most {limit}."
+        )
 
 
 @dataclass(frozen=True)

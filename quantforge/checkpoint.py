@@ -1,55 +1,19 @@
-"""Quantized checkpoints on disk: written whole or not at all, and read back to the same numbers."""
+"""Quantized checkpoints read back: the numbers that were saved, and how they were made."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from quantforge.errors import ModelError
 from quantforge.exporters.compressed_tensors import CompressedTensors
-from quantforge.models import arch, check, load
-from quantforge.result import Result
-from quantforge.store import MARK, check_target, publish
-
-MAX_SHARD_SIZE = "5GB"
-
-
-def save(result: Result, out: Path, *, overwrite: bool = False) -> Path:
-    """Write `result` as a compressed-tensors checkpoint with tokenizer, configs and `quantforge.json`.
-
-    Everything but the quantized layers is stored in the checkpoint's dtype, as it came. A tied head stays tied.
-    Raises PlanError or ResourceError, and then leaves `out` as it was.
-    """
-    exporter = CompressedTensors()
-    check_target(out, overwrite=overwrite)
-    exporter.check(result.plan)
-    model = result.model
-    assert isinstance(model, PreTrainedModel)
-    dtype = result.plan.dtype
-    tensors = {k: v.detach().to("cpu", dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    for layer in result.layers:
-        del tensors[f"{layer.name}.weight"]
-        tensors |= {k: v.cpu() for k, v in exporter.tensors(layer.name, layer.weight.base).items()}
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    config.quantization_config = exporter.config(result.plan, linears)
-    with publish(out, overwrite=overwrite) as staging:
-        with load.quiet():
-            before = model.config.dtype
-            model.save_pretrained(staging, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
-            model.config.dtype = before
-            config.save_pretrained(staging)
-            if result.tokenizer is not None:
-                result.tokenizer.save_pretrained(staging)
-        (staging / MARK).write_text(json.dumps(result.record(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return out
+from quantforge.models import check, load
+from quantforge.store import MARK
 
 
 def is_quantized(folder: Path) -> bool:
@@ -107,7 +71,15 @@ def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
         tensors[f"{name}.weight"] = weight.dequantize(dtype)
     settings = load.make_config(folder, config)
     with load.quiet():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(None, config=settings, state_dict=tensors, dtype=dtype)
-    for name in layers:
-        assert arch.is_linear(model.get_submodule(name))
-    return model.eval()
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(settings))
+        model, info = kind.from_pretrained(
+            None, config=settings, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise ModelError(
+            354, f"{folder} does not hold the model of its config.json: {len(wrong)} tensors do not fit, first {wrong[0]}."
+        )
+    result: nn.Module = model.eval()
+    return result

@@ -175,7 +175,9 @@ def evaluate(
         click.echo(json.dumps(found.record()))
     else:
         count = found.data.get("count")
-        click.echo(f"{found.model}: perplexity {found.perplexity:.3f} on {count} x {seq_len} tokens of {found.data['name']}")
+        click.echo(
+            f"{found.model}: perplexity {found.perplexity:.3f} on {count} x {seq_len} tokens of {found.data['name']}"
+        )
 
 
 @main.command()

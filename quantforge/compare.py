@@ -108,7 +108,11 @@ def compare(
 
 
 def _recipes(
-    methods: Sequence[str], bits: Sequence[int], group_size: int | None, symmetric: bool | None, settings: dict[str, Any]
+    methods: Sequence[str],
+    bits: Sequence[int],
+    group_size: int | None,
+    symmetric: bool | None,
+    settings: dict[str, Any],
 ) -> dict[str, Recipe]:
     """Return the recipe of every run but the float one, by label; settings apply to the methods that have them."""
     if not methods or not bits:
@@ -144,7 +148,9 @@ def _recipes(
 def _originals(model: nn.Module, plans: Any) -> dict[str, Tensor]:
     """Keep the weights that any plan will overwrite, in the checkpoint's dtype, which holds them exactly."""
     return {
-        name: arch.get_weight(model.get_submodule(name)).to(plan.dtype, copy=True) for plan in plans for name in plan.layers
+        name: arch.get_weight(model.get_submodule(name)).to(plan.dtype, copy=True)
+        for plan in plans
+        for name in plan.layers
     }
 
 

@@ -68,4 +68,6 @@ def pick(what: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     if name in known:
         return name
-    raise RecipeError(201, f"no {what} is called {name!r}: {nearest(name, known)}There are: {', '.join(known) or 'none'}.")
+    raise RecipeError(
+        201, f"no {what} is called {name!r}: {nearest(name, known)}There are: {', '.join(known) or 'none'}."
+    )

@@ -58,7 +58,7 @@ def quantize(
         return layers
     assert ids is not None, "the plan's solver needs data"
     device = next(model.parameters()).device
-    batches = [b.to(device) for b in ids.split(max(BATCH_TOKENS // ids.shape[1], 1))]
+    batches = [b.to(device) for b in torch.split(ids, max(BATCH_TOKENS // ids.shape[1], 1))]
     hessians: dict[int, Hessian] = {}
 
     def observe(index: int, batch: int, x: Tensor) -> None:

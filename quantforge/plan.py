@@ -120,7 +120,7 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype, exporter: Exporte
     layers = {}
     for stage in stages:
         for name, module in zip(stage.names, stage.modules, strict=True):
-            out, width = (int(n) for n in module.weight.shape)  # type: ignore[union-attr, arg-type]
+            out, width = (int(n) for n in module.weight.shape)  # type: ignore[union-attr]
             transposed = isinstance(module, Conv1D)
             layers[name] = LayerPlan(name, (width, out) if transposed else (out, width), fmt, transposed)
     quantized = {id(m.weight) for s in stages for m in s.modules}
@@ -131,8 +131,15 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype, exporter: Exporte
         recipe, tuple(s.names for s in stages), layers, (kept, kept * dtype.itemsize), dtype, (note,) if note else ()
     )
     if exporter is not None:
-        exporter.check(plan)
+        check_export(plan, exporter)
     return plan
+
+
+def check_export(plan: Plan, exporter: Exporter) -> None:
+    """Raise PlanError if `exporter` cannot hold what `plan` makes."""
+    reason = exporter.refuses(plan)
+    if reason:
+        raise PlanError(253, reason)
 
 
 def with_notes(plan: Plan, notes: Sequence[str]) -> Plan:

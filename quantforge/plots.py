@@ -64,7 +64,12 @@ def perplexity_figure(runs: Sequence[Run]) -> Figure:
         axes = figure.add_axes((0.065, 0.115, 0.915, 0.80))
         if not series:
             return _empty(figure, axes, "No perplexity of a quantized model was measured.")
-        _set_limits(axes, [(r.bits_per_weight, r.perplexity) for rs in series.values() for r in rs], levels, max(map(len, series)))
+        _set_limits(
+            axes,
+            [(r.bits_per_weight, r.perplexity) for rs in series.values() for r in rs],
+            levels,
+            max(map(len, series)),
+        )
         colors = _by_method(runs)
         labels = []
         for name, members in series.items():
@@ -191,9 +196,7 @@ def _by_width(runs: Sequence[Run]) -> dict[int | None, tuple[float, ...]]:
     return {bits: DASHES[i % len(DASHES)] for i, bits in enumerate(widths)}
 
 
-def _line(
-    run: Run, colors: dict[str, tuple[str, str]], dashes: dict[int | None, tuple[float, ...]]
-) -> dict[str, Any]:
+def _line(run: Run, colors: dict[str, tuple[str, str]], dashes: dict[int | None, tuple[float, ...]]) -> dict[str, Any]:
     """Return how the line of `run` looks: colour and marker say the method, dashes the width."""
     color, marker = colors.get(run.method, (SOFT, "o"))
     pattern = dashes.get(run.bits, ())
@@ -260,7 +263,9 @@ def _rewritten(key: str, value: str, name: str) -> str:
         return f"{name}-{value}"
     value = re.sub(r"^#|(?<=url\()#", f"#{name}-", value)
     if key == "style":
-        value = re.sub(r"#[0-9a-f]{6}", lambda found: f"var({PALETTE[found[0]]})" if found[0] in PALETTE else found[0], value)
+        value = re.sub(
+            r"#[0-9a-f]{6}", lambda found: f"var({PALETTE[found[0]]})" if found[0] in PALETTE else found[0], value
+        )
         value = re.sub(r"font: ((?:\d+ )?)([\d.]+px) [^;]*", r"font-weight: \1; font-size: \2", value)
         value = value.replace("font-weight: ; ", "")
     return value

@@ -6,11 +6,14 @@ no hooks and sees no model: the pipeline collects what it `needs` and hands it o
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from quantforge.numerics.problem import Problem, QWeight
+    from quantforge.numerics.qtensor import QTensor
     from quantforge.plan import Plan
 
 
@@ -39,11 +42,11 @@ class Exporter(Protocol):
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be written in this format, and what could; None if it can."""
 
-    def tensors(self, name: str, weight: QWeight) -> dict[str, Any]:
-        """Return the tensors that stand in the file for the layer `name`."""
+    def tensors(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        """Return the tensors that stand in the file for the layer `name`, by full name."""
 
-    def config(self, plan: Plan) -> dict[str, Any]:
-        """Return the `quantization_config` that tells loaders how to read it."""
+    def config(self, plan: Plan, linears: list[str]) -> dict[str, Any]:
+        """Return the `quantization_config` that tells loaders how to read it; `linears` names every nn.Linear."""
 
-    def read(self, folder: Path, name: str) -> QWeight:
-        """Read one layer back."""
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, QTensor]:
+        """Return the quantized layers by name, from a `quantization_config` and all tensors of a checkpoint."""

@@ -68,7 +68,9 @@ def create(kind: str, name: str, settings: dict[str, Any] | None = None) -> Any:
     for key, value in (settings or {}).items():
         if key not in known:
             hint = nearest(key, known)
-            raise RecipeError(202, f"{kind} {name!r} has no option {key!r}: {hint}It has: {', '.join(known) or 'none'}.")
+            raise RecipeError(
+                202, f"{kind} {name!r} has no option {key!r}: {hint}It has: {', '.join(known) or 'none'}."
+            )
         checked[key] = _coerce(f"{kind}.{key}", value, known[key])
     try:
         return cls(**checked)

@@ -204,7 +204,9 @@ def _record(where: str, data: dict[str, Any], cls: Any) -> Any:
     known = [f.name for f in fields(cls)]
     for key in data:
         if key not in known:
-            raise DataError(430, f"{where} has a field {short(key)}: {nearest(key, known)}It may have: {', '.join(known)}.")
+            raise DataError(
+                430, f"{where} has a field {short(key)}: {nearest(key, known)}It may have: {', '.join(known)}."
+            )
     for key in known:
         if key not in data:
             raise DataError(430, f"{where} lacks the field {key!r}.")
@@ -258,7 +260,8 @@ def facts(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Show a dictionary as pairs of words; a key that ends in "_bytes" becomes a size."""
     sizes = {k: v for k, v in values.items() if k.endswith("_bytes") and type(v) in (int, float)}
     return [
-        (key.removesuffix("_bytes").replace("_", " "), f"{number(value, ',.1f', 1e6)} MB") if key in sizes
+        (key.removesuffix("_bytes").replace("_", " "), f"{number(value, ',.1f', 1e6)} MB")
+        if key in sizes
         else (key.replace("_", " "), plain(value))
         for key, value in values.items()
     ]
@@ -305,7 +308,7 @@ def _grid(headings: list[Markup], rows: list[list[Markup]]) -> str:
 
 
 def _line(cells: Iterable[str], widths: list[int]) -> str:
-    padded = [f"{str(c):<{w}}" if i == 0 else f"{str(c):>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+    padded = [f"{c!s:<{w}}" if i == 0 else f"{c!s:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
     return f"| {' | '.join(padded)} |"
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from quantforge.exporters.compressed_tensors import CompressedTensors
+from quantforge.models.load import quiet
 from quantforge.pipeline import Layer
-from quantforge.plan import Plan
+from quantforge.plan import Plan, check_export
+from quantforge.store import MARK, check_target, publish
+
+MAX_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,12 @@ class Result:
 
         Raises PlanError if the folder exists (unless `overwrite`) or the format cannot hold the model.
         """
-        from quantforge.checkpoint import save
-
-        return save(self, Path(folder), overwrite=overwrite)
+        folder, exporter = Path(folder), CompressedTensors()
+        check_export(self.plan, exporter)
+        check_target(folder, overwrite=overwrite)
+        with publish(folder, overwrite=overwrite) as staging:
+            _write(self, exporter, staging)
+        return folder
 
     def record(self) -> dict[str, Any]:
         """Return everything but the tensors, as plain JSON values."""
@@ -101,3 +114,36 @@ class Result:
             elif asked is not None and notes.get("damp") != asked:
                 found.append(f"{layer.name}: damping was raised to {notes.get('damp')}")
         return found
+
+
+def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, floats in `dtype`; those that share memory share it again, so that ties are seen."""
+    copies: dict[int, Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() not in copies:
+            copies[tensor.data_ptr()] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        result[name] = copies[tensor.data_ptr()]
+    return result
+
+
+def _write(result: Result, exporter: CompressedTensors, staging: Path) -> None:
+    """Write weights, configs, tokenizer and the record into `staging`; what is not quantized stays in its own dtype."""
+    model, dtype = result.model, result.plan.dtype
+    assert isinstance(model, PreTrainedModel)
+    tensors = _in_dtype(model.state_dict(), dtype)
+    for layer in result.layers:
+        del tensors[f"{layer.name}.weight"]
+        tensors |= {k: v.cpu() for k, v in exporter.tensors(layer.name, layer.weight.base).items()}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.quantization_config = exporter.config(result.plan, linears)
+    with quiet():
+        before = model.config.dtype
+        model.save_pretrained(staging, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
+        model.config.dtype = before
+        config.save_pretrained(staging)
+        if result.tokenizer is not None:
+            result.tokenizer.save_pretrained(staging)
+    (staging / MARK).write_text(json.dumps(result.record(), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -27,14 +27,20 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
     target = out.resolve()
     for source in (p.resolve() for p in inputs):
         if target == source or source in target.parents:
-            raise PlanError(260, f"--out {out} is the model's own folder or lies in it; choose a folder outside {source}.")
+            raise PlanError(
+                260, f"--out {out} is the model's own folder or lies in it; choose a folder outside {source}."
+            )
         if target in source.parents:
-            raise PlanError(261, f"--out {out} contains the input {source}, which would be lost; choose another folder.")
+            raise PlanError(
+                261, f"--out {out} contains the input {source}, which would be lost; choose another folder."
+            )
     if os.path.lexists(out):
         if not overwrite:
             raise PlanError(262, f"--out {out} exists; choose another folder, or give --overwrite to replace it.")
         if not out.is_dir() or out.is_symlink():
-            raise PlanError(263, f"--out {out} is not a folder, and only a folder is ever replaced; remove it yourself.")
+            raise PlanError(
+                263, f"--out {out} is not a folder, and only a folder is ever replaced; remove it yourself."
+            )
         if any(out.iterdir()) and not (out / MARK).is_file():
             raise PlanError(264, f"--out {out} was not written by quantforge (no {MARK} in it); it is left alone.")
     try:
@@ -106,7 +112,9 @@ def _exchange(staging: Path, out: Path) -> None:
     """Swap the two folders' names in one step, so that `out` is never absent; where that is impossible, in two."""
     libc = ctypes.CDLL(None, use_errno=True)
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    renamed = hasattr(libc, "renameat2") and libc.renameat2(here, os.fsencode(staging), here, os.fsencode(out), swap) == 0
+    renamed = (
+        hasattr(libc, "renameat2") and libc.renameat2(here, os.fsencode(staging), here, os.fsencode(out), swap) == 0
+    )
     if not renamed:
         aside = staging.with_suffix(".old")
         os.rename(out, aside)

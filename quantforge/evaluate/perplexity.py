@@ -52,7 +52,10 @@ class Reference:
 
 
 def evaluate(
-    model: nn.Module, ids: Tensor, reference: Reference | None = None, progress: Callable[[float], None] = lambda loss: None
+    model: nn.Module,
+    ids: Tensor,
+    reference: Reference | None = None,
+    progress: Callable[[float], None] = lambda loss: None,
 ) -> Score:
     """Score `model` on token ids [windows, seq_len], one window at a time; logits are compared in float32.
 
@@ -60,7 +63,9 @@ def evaluate(
     Raises DataError for windows of fewer than two tokens, or none.
     """
     if ids.shape[0] == 0 or ids.shape[1] < 2:
-        raise DataError(420, f"perplexity needs at least one window of two tokens, not {ids.shape[0]} of {ids.shape[1]}.")
+        raise DataError(
+            420, f"perplexity needs at least one window of two tokens, not {ids.shape[0]} of {ids.shape[1]}."
+        )
     device = next(model.parameters()).device
     losses, kls = [], []
     with torch.no_grad():
@@ -110,7 +115,7 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for part, target in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
+    for part, target in zip(torch.split(logits, _CHUNK), torch.split(targets, _CHUNK), strict=True):
         total += F.cross_entropy(part.float(), target, reduction="sum").double()
     return total / len(targets)
 
@@ -118,7 +123,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def _divergence(logits: Tensor, reference: Reference, index: int) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     hidden = reference.hidden[index]
-    for part, h in zip(logits.split(_CHUNK), hidden.split(_CHUNK), strict=True):
+    for part, h in zip(torch.split(logits, _CHUNK), torch.split(hidden, _CHUNK), strict=True):
         theirs = reference.logits(h).float().log_softmax(-1)
         ours = part.float().log_softmax(-1)
         total += (theirs.exp() * (theirs - ours)).sum(-1).double().sum()

@@ -2,6 +2,9 @@
 
 Codes are packed by the compressed-tensors library itself. A loader computes (q − z) · s in the dtype it loads the scales in,
 which is what `QTensor.dequantize` computes, so its weights equal ours bit for bit.
+
+The layout is that of the releases up to 0.17, which vLLM pins: as many whole codes as fit into 32 bits, so that 3-bit codes take
+3.2 bits on disk, 5-bit codes 5.33, 6-bit codes 6.4 and 7-bit codes 8; 2, 4 and 8 bits are the same in every release.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from quantforge.errors import ModelError, PlanError
+from quantforge.errors import ModelError
 from quantforge.numerics.formats import Format
 from quantforge.numerics.grids import IntGrid, int_grid
 from quantforge.numerics.qtensor import QTensor
@@ -39,24 +42,22 @@ class CompressedTensors:
             )
         for p in plan.layers.values():
             if not isinstance(p.format.grid, IntGrid) or p.format.block[0] != 1:
-                return f"compressed-tensors cannot hold {p.format} of {p.name}; int2 to int8 by group or channel it can."
+                return (
+                    f"compressed-tensors cannot hold {p.format} of {p.name}; int2 to int8 by group or channel it can."
+                )
         uneven = [p for p in plan.layers.values() if p.format.block[1] and p.shape[1] % p.format.block[1]]
         if uneven:
             widths = sorted({p.shape[1] for p in uneven})
             group = uneven[0].format.block[1]
-            sizes = [n for n in (256, 128, 96, 64, 48, 32, 16) if all(p.shape[1] % n == 0 for p in plan.layers.values())]
+            sizes = [
+                n for n in (256, 128, 96, 64, 48, 32, 16) if all(p.shape[1] % n == 0 for p in plan.layers.values())
+            ]
             works = ", ".join(map(str, sizes)) or "-1 (a whole row)"
             return (
                 f"group size {group} does not divide the {' and '.join(map(str, widths))} inputs of {len(uneven)} layers "
                 f"(first {uneven[0].name}); these sizes divide every layer: {works}."
             )
         return None
-
-    def check(self, plan: Plan) -> None:
-        """Raise PlanError if `plan` is refused."""
-        reason = self.refuses(plan)
-        if reason:
-            raise PlanError(253, reason)
 
     def tensors(self, name: str, weight: QTensor) -> dict[str, Tensor]:
         """Return the tensors that stand in the file for the layer `name`, by full name."""
@@ -101,7 +102,9 @@ class CompressedTensors:
         """
         if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
             found = f"{config.get('quant_method')} / {config.get('format')}"
-            raise ModelError(340, f"the checkpoint is in {found}; quantforge reads compressed-tensors / pack-quantized.")
+            raise ModelError(
+                340, f"the checkpoint is in {found}; quantforge reads compressed-tensors / pack-quantized."
+            )
         groups = config.get("config_groups", {})
         if len(groups) != 1:
             raise ModelError(341, f"the checkpoint has {len(groups)} config groups; quantforge reads one.")
@@ -125,7 +128,7 @@ def _unpack(name: str, args: Mapping[str, Any], parts: Mapping[str, Tensor | Non
     shape = tuple(int(n) for n in shape_tensor)
     group = args.get("group_size") if args.get("strategy") == "group" else None
     groups = -(-shape[1] // group) if group else 1
-    if packed.shape != (shape[0], -(-shape[1] * bits // 32)) or scale.shape != (shape[0], groups):
+    if packed.shape != (shape[0], -(-shape[1] // (32 // bits))) or scale.shape != (shape[0], groups):
         raise ModelError(
             343, f"{name}: packed {tuple(packed.shape)} and scales {tuple(scale.shape)} do not fit a weight of {shape}."
         )

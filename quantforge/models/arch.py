@@ -78,7 +78,8 @@ def _longest_list(model: nn.Module) -> str:
     if not lists:
         kind = getattr(model.config, "model_type", type(model).__name__)
         raise ModelError(331, f"no decoder blocks were found in architecture {kind!r}; known are {', '.join(TABLE)}.")
-    return max(lists, key=lambda name: (lists[name], -len(name)))
+    longest: str = max(sorted(lists), key=lists.__getitem__)
+    return longest
 
 
 def block_index(name: str) -> int | None:
@@ -93,9 +94,9 @@ def is_linear(module: nn.Module) -> bool:
 
 def get_weight(module: nn.Module) -> torch.Tensor:
     """Return a linear layer's weight as [out, in] in float32; a Conv1D stores it the other way round."""
-    weight = module.weight.detach()
+    weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    return (weight.T if isinstance(module, Conv1D) else weight).float()
+    return (weight.T if isinstance(module, Conv1D) else weight).detach().float()
 
 
 def set_weight(module: nn.Module, weight: torch.Tensor) -> None:

@@ -65,15 +65,16 @@ class Folder:
         return held.most_common(1)[0][0]
 
 
-def read_folder(path: Path, *, trust_remote_code: bool = False) -> Folder:
+def read_folder(path: Path, *, trust_remote_code: bool = False, quantized: bool = False) -> Folder:
     """Read config.json, the index and all headers of a local model folder; ModelError for whatever is wrong with them.
 
     trust_remote_code  accept a config.json whose auto_map names code of its own; nothing is run here either way
+    quantized          accept, and keep, a top-level quantization_config
     """
     path = Path(path)
     if not os.path.isdir(path):
         raise ModelError(310, f"there is no folder {show(path)}: download the model first and name its folder.")
-    config, stripped = _config(path, trust_remote_code)
+    config, stripped = _config(path, trust_remote_code, quantized)
     tensors = _tensors(path)
     if not any(t.dtype in FLOATS for t in tensors.values()):
         raise ModelError(
@@ -83,13 +84,15 @@ def read_folder(path: Path, *, trust_remote_code: bool = False) -> Folder:
     return Folder(path, config, tensors, stripped)
 
 
-def _config(path: Path, trusted: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _config(path: Path, trusted: bool, quantized: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not os.path.lexists(path / "config.json"):
         raise ModelError(
             310, f"config.json is missing in {show(path)}: name the folder that has it, or download it again."
         )
     stripped: list[str] = []
-    config = _clean(read_json(_contained(path, "config.json", ".json"), MAX_CONFIG), "", 1, stripped, trusted)
+    raw = read_json(_contained(path, "config.json", ".json"), MAX_CONFIG)
+    kept = {"quantization_config": raw.pop("quantization_config")} if quantized and "quantization_config" in raw else {}
+    config = _clean(raw, "", 1, stripped, trusted) | kept
     kind = config.get("model_type")
     custom = trusted and "auto_map" in config
     if not custom and (not isinstance(kind, str) or not kind):

@@ -18,7 +18,7 @@ from typing import Any
 from quantforge.errors import ModelError
 
 MAX_HEADER = 100_000_000
-MAX_ITEMS = 4_000_000
+MAX_ITEMS = 2_000_000
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -178,38 +178,40 @@ def _is_count(value: object) -> bool:
 
 
 def _entry(file: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
-    where = f"{show(file.name)}: tensor {show(name)}"
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise damaged(308, f"{where} has a name that is not Unicode text") from error
+    def wrong(text: str) -> ModelError:
+        return damaged(308, f"{show(file.name)}: tensor {show(name)} {text}")
+
+    if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+        raise wrong("has a name that is not Unicode text")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise damaged(308, f"{where} must have exactly dtype, shape and data_offsets")
+        raise wrong("must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ModelError(308, f"{where} has the unknown dtype {show(dtype)}; known are {', '.join(BITS)}.")
+        raise wrong(f"has the unknown dtype {show(dtype)} (known are {', '.join(BITS)})")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise damaged(308, f"{where} has the shape {show(shape)}, which is not a list of whole numbers ≥ 0")
+        raise wrong(f"has the shape {show(shape)}, which is not a list of whole numbers ≥ 0")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise damaged(308, f"{where} has the data_offsets {show(offsets)}, which are not two whole numbers ≥ 0")
+        raise wrong(f"has the data_offsets {show(offsets)}, which are not two whole numbers ≥ 0")
     start, stop = offsets
-    bits = BITS[dtype] * _elements(where, shape)
+    count = _elements(shape)
+    if count >= 2**63:
+        raise wrong(f"has the shape {show(shape)}, of more than 2^63 elements")
+    bits = BITS[dtype] * count
     if bits % 8 or stop - start != bits // 8:
-        raise damaged(308, f"{where}, {dtype} {show(shape)}, needs {bits / 8:,g} bytes but holds {stop - start:,}")
+        raise wrong(f"of {dtype} {show(shape)} needs {bits / 8:,g} bytes but holds {stop - start:,}")
     if base + stop > size:
-        raise damaged(
-            307, f"{show(file.name)} is truncated: it has {size:,} bytes and {show(name)} ends at {base + stop:,}"
-        )
+        ends = f"{show(name)} ends at {base + stop:,}"
+        raise damaged(307, f"{show(file.name)} is truncated: it has {size:,} bytes and {ends}")
     return TensorInfo(name, dtype, tuple(shape), file, base + start, base + stop)
 
 
-def _elements(where: str, shape: list[int]) -> int:
-    """Multiply the sizes, stopping at the first overflow, so that a list of a million sizes costs little."""
+def _elements(shape: list[int]) -> int:
+    """Multiply the sizes, stopping at 2^63 though a 0 may follow, so that a list of a million sizes costs little."""
     count = 1
     for n in shape:
         count *= n or 1
         if count >= 2**63:
-            raise damaged(308, f"{where} has a shape of more than 2^63 elements, {show(shape)}")
+            return count
     return 0 if 0 in shape else count
 
 

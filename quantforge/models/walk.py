@@ -58,6 +58,7 @@ def walk(
             assert isinstance(current, _Parked)
             observe(index, running.index(current), args[0])
             current.at = index
+            assert current.parent is not None
             current.parent.switch()
 
         return park

@@ -40,7 +40,9 @@ class Format:
 
     def __str__(self) -> str:
         names = {(None, None): "tensor", (1, None): "channel", (None, 1): "column"}
-        where = names.get(self.block) or (f"g{self.block[1]}" if self.block[0] == 1 else f"b{self.block[0]}x{self.block[1]}")
+        where = names.get(self.block) or (
+            f"g{self.block[1]}" if self.block[0] == 1 else f"b{self.block[0]}x{self.block[1]}"
+        )
         dtype = next(k for k, v in SCALE_DTYPES.items() if v == self.scale)
         return f"{self.grid.name}-{where}-{'sym' if self.symmetric else 'asym'}-{dtype}"
 

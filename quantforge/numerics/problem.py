@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class QWeight:
     """
 
     base: QTensor
-    notes: dict[str, float | int | str]
+    notes: dict[str, Any]
 
     def dequantize(self) -> Tensor:
         """Return the float32 matrix that the layer computes with, [out, in]."""

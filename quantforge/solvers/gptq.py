@@ -62,9 +62,7 @@ class GPTQ:
         return QWeight(best, notes)
 
 
-def _round_in_order(
-    weight: Tensor, r: Range, fmt: Format, u: Tensor, order: Tensor | None, block_size: int
-) -> QTensor:
+def _round_in_order(weight: Tensor, r: Range, fmt: Format, u: Tensor, order: Tensor | None, block_size: int) -> QTensor:
     """Sweep over the columns of `weight` [out, in] in `order`, rounding under the range `r`; return the codes."""
     shape = (weight.shape[0], weight.shape[1])
     columns = extents(shape, fmt.block)[1]
@@ -80,7 +78,8 @@ def _round_in_order(
     def rounded(j: int, column: Tensor) -> Tensor:
         s, z = scale[block_of[j]], zero[block_of[j]]
         value = torch.div(column, s, out=values[j]).add_(z).round_().clamp_(low, high)
-        return (value - z).mul_(s)
+        stored: Tensor = (value - z).mul_(s)
+        return stored
 
     sweep(wt, u, rounded, block_size)
     natural = torch.empty_like(values)

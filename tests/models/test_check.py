@@ -50,7 +50,7 @@ def refused(act: Callable[[], object], *expected: str) -> str:
     message = str(caught.value)
     assert re.match(r"error\[QF-3\d\d\]: ", message)
     assert len(message.splitlines()) == 1
-    assert set(re.findall(r"--[a-z-]+", message)) <= {"--trust-remote-code"}
+    assert set(re.findall(r"\s(--[a-z-]+)", message)) <= {"--trust-remote-code"}
     for text in expected:
         assert text in message
     return message

