@@ -46,7 +46,7 @@ def quantize(
 ) -> Result:
     """Quantize a model, and save it if `out` is given.
 
-    model        a folder, a hub id, None for the demo model, or a transformers model in memory, which is changed in place
+    model        a folder, a hub id, None for the demo model, or a model in memory, which is changed in place
     method       a name from `quantforge methods`
     bits         2 to 8; group_size: weights sharing a scale, -1 for a whole row; symmetric: no zero points;
                  None keeps the method's own

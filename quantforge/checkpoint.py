@@ -45,8 +45,8 @@ def table(record: dict[str, Any]) -> str:
         loss = f"{row['loss']:.4g} ({row['relative_loss']:.3%})"
         lines.append(f"{row['name']:{width}}  {shape:>13}  {row['format']:22}  {row['bits_per_weight']:11.3f}  {loss}")
     lines.append(
-        f"{record['source']} by {record['method']}: {len(rows)} layers at {record['bits_per_weight']:.3f} bits per weight; "
-        f"{record['bytes_before'] / 1e6:.1f} MB -> {record['bytes_after'] / 1e6:.1f} MB"
+        f"{record['source']} by {record['method']}: {len(rows)} layers at "
+        f"{record['bits_per_weight']:.3f} bits per weight, {record['bytes_before'] / 1e6:.1f} MB -> {record['bytes_after'] / 1e6:.1f} MB"
     )
     return "\n".join([*lines, *(f"note: {note}" for note in record["notes"])])
 
@@ -79,7 +79,7 @@ def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
         raise ModelError(
-            354, f"{folder} does not hold the model of its config.json: {len(wrong)} tensors do not fit, first {wrong[0]}."
+            354, f"{folder} does not hold the model of its config.json: {len(wrong)} tensors do not fit ({wrong[0]})."
         )
     result: nn.Module = model.eval()
     return result

@@ -1,4 +1,7 @@
-"""The command line: each command parses its options, calls one function and prints. Results on stdout, the rest on stderr."""
+"""The command line: each command parses its options, calls one function and prints.
+
+Results go to stdout, everything else to stderr.
+"""
 
 from __future__ import annotations
 

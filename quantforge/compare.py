@@ -27,8 +27,8 @@ from quantforge.result import Result
 from quantforge.store import check_target
 
 PROTOCOL = (
-    "perplexity = exp of the mean over non-overlapping windows, from the start of the text, of the mean cross-entropy of "
-    "their seq_len − 1 predictions; KL = mean over the same predictions of KL(float ‖ quantized); float32 throughout"
+    "perplexity = exp of the mean over non-overlapping windows, from the start of the text, of the mean cross-entropy "
+    "of their seq_len − 1 predictions; KL = mean over the same predictions of KL(float ‖ quantized); float32 throughout"
 )
 FLOAT = "fp"
 

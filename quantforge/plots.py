@@ -85,7 +85,7 @@ def perplexity_figure(runs: Sequence[Run]) -> Figure:
                           parse_math=False)  # fmt: skip
         _label_beside(axes, labels)
         axes.set_xlabel("bits per weight", loc="right", labelpad=6)
-        axes.text(-0.045, 1.035, "perplexity", transform=axes.transAxes, color=SOFT)
+        axes.text(-0.07, 1.035, "perplexity", transform=axes.transAxes, color=SOFT)
     return figure
 
 
@@ -126,7 +126,7 @@ def _set_limits(axes: Axes, points: list[Point], levels: list[Run], letters: int
         axes.set_yscale("log")
         margin = (max(ys) / min(ys)) ** 0.1
         axes.set_ylim(min(ys) / margin, max(ys) * margin)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(ys) / min(ys) < 1000 else (1,), numticks=9))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if max(ys) / min(ys) < 100 else (1,), numticks=9))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         margin = 0.12 * (max(ys) - min(ys)) or 0.05 * max(ys)
@@ -149,23 +149,23 @@ def _label_beside(axes: Axes, labels: list[tuple[Point, str, str]]) -> None:
         center = max([wanted, *(top + height for top in near)])
         placed.append((right, center))
         axes.annotate(name, (x, y), (-9, (center - wanted) * 72 / axes.figure.dpi), textcoords="offset points", color=color,
-                      ha="right", va="center", fontsize=10, fontweight=600, parse_math=False, zorder=4)  # fmt: skip
+                      ha="right", va="center", fontsize=10, fontweight="bold", parse_math=False, zorder=4)  # fmt: skip
 
 
 def loss_figure(runs: Sequence[Run]) -> Figure:
     """Draw relative loss over depth on a log scale: a panel per kind of layer, a line per run."""
     shown = [run for run in runs if _depths(run)][:MOST_RUNS]
     kinds = list(dict.fromkeys(kind for run in shown for kind in _depths(run)))[:MOST_KINDS]
-    across = min(4, max(2, len(kinds)))
+    across = min(3, max(2, len(kinds)))
     down = max(1, math.ceil(len(kinds) / across))
     with _style():
         legend = 0.3 + 0.24 * math.ceil(len(shown) / 4)
-        high = legend + 1.95 * down + 0.3
+        high = legend + 2.5 * down + 0.3
         figure = Figure(figsize=(WIDTH, high if kinds else 1.6), facecolor="none")
         if not kinds:
             return _empty(figure, figure.add_axes((0.05, 0.1, 0.9, 0.8)), "No loss by layer was recorded.")
         panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
-        figure.subplots_adjust(0.065, 0.42 / high, 0.985, 1 - (legend + 0.25) / high, wspace=0.1, hspace=0.34)
+        figure.subplots_adjust(0.065, 0.42 / high, 0.985, 1 - (legend + 0.25) / high, wspace=0.09, hspace=0.26)
         colors, dashes = _by_method(runs), _by_width(shown)
         drawn = zip(panels, [*kinds, *[None] * (down * across - len(kinds))], strict=True)
         for place, (axes, kind) in enumerate(drawn):
@@ -200,9 +200,10 @@ def _line(run: Run, colors: dict[str, tuple[str, str]], dashes: dict[int | None,
     """Return how the line of `run` looks: colour and marker say the method, dashes the width."""
     color, marker = colors.get(run.method, (SOFT, "o"))
     pattern = dashes.get(run.bits, ())
+    sparse = max(map(len, _depths(run).values())) <= 16  # on more blocks markers hide the lines
     return {
-        "color": color, "marker": marker, "markersize": 3.6, "markeredgecolor": PAPER, "markeredgewidth": 0.6,
-        "linewidth": 1.4, "linestyle": (0, pattern) if pattern else "-",
+        "color": color, "marker": marker if sparse else "", "markersize": 4, "markeredgecolor": PAPER,
+        "markeredgewidth": 0.6, "linewidth": 1.4, "linestyle": (0, pattern) if pattern else "-",
     }  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def _finish_panel(axes: Axes, title: str, last: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.tick_params(labelbottom=last)
-    axes.set_title(title, loc="left", fontsize=10, fontweight=600, color=INK, pad=7, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=7, parse_math=False)
     if last:
         axes.set_xlabel("block", loc="right", labelpad=2)
 
@@ -246,9 +247,14 @@ def svg(figure: Figure, name: str) -> str:
     with _style():
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     root = ElementTree.fromstring(file.getvalue())
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', file.getvalue()))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {key.rpartition("}")[2]: _rewritten(key, value, name) for key, value in element.attrib.items()}
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        element.attrib = {k: _for_page(k, v, name) for k, v in attributes.items() if k != "id" or v in used}
+        for definitions in element.findall("{*}defs"):
+            for style in definitions.findall("{*}style"):  # its rule for "*" would be one for the whole page
+                definitions.remove(style)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.set("role", "img")
@@ -257,15 +263,13 @@ def svg(figure: Figure, name: str) -> str:
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
 
-def _rewritten(key: str, value: str, name: str) -> str:
+def _for_page(key: str, value: str, name: str) -> str:
     """Return an attribute of the drawing for the page: ids with their prefix, colours as variables, no font family."""
     if key == "id":
         return f"{name}-{value}"
-    value = re.sub(r"^#|(?<=url\()#", f"#{name}-", value)
+    if key in ("href", "clip-path"):
+        return re.sub(r"(^|\()#", rf"\1#{name}-", value)
     if key == "style":
-        value = re.sub(
-            r"#[0-9a-f]{6}", lambda found: f"var({PALETTE[found[0]]})" if found[0] in PALETTE else found[0], value
-        )
-        value = re.sub(r"font: ((?:\d+ )?)([\d.]+px) [^;]*", r"font-weight: \1; font-size: \2", value)
-        value = value.replace("font-weight: ; ", "")
+        value = re.sub(r"#[0-9a-f]{6}", lambda hit: f"var({PALETTE[hit[0]]})" if hit[0] in PALETTE else hit[0], value)
+        return re.sub(r"font-family: [^;]*(; )?", "", value)
     return value

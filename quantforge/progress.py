@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar of `total` steps called `what`, with the time left; yield a function that ends a step with a remark."""
+    """Show a bar of `total` steps called `what`, with the time left; yield what ends a step, with a remark."""
     with tqdm(total=total, desc=what, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True) as shown:
 
         def step(remark: str) -> None:

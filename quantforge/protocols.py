@@ -1,7 +1,7 @@
 """The kinds of plug-in and the laws they obey; what a contributor reads first.
 
-A plug-in is a frozen dataclass whose fields are its options, registered with `quantforge.registry.register`. It registers
-no hooks and sees no model: the pipeline collects what it `needs` and hands it over.
+A plug-in is a frozen dataclass whose fields are its options, registered with `quantforge.registry.register`. It
+registers no hooks and sees no model: the pipeline collects what it `needs` and hands it over.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Solver(Protocol):
     """Chooses codes.
 
-    Laws, tested for every registered solver: the problem is left as it is; the result is what the format stores, finite,
-    and the same whenever it is asked again; a solver that needs the Hessian never loses to rounding on `Problem.loss`.
+    Laws, tested for every registered solver: the problem is left as it is; the result is what the format stores,
+    finite, and the same whenever it is asked again; one that needs the Hessian never loses to rounding on the
+    problem's loss.
     """
 
     @property
@@ -35,8 +36,8 @@ class Solver(Protocol):
 class Exporter(Protocol):
     """Writes a checkpoint.
 
-    Laws: what it cannot hold exactly it refuses at plan time, with the reason; what it has written loads back to the same
-    numbers, bit for bit.
+    Laws: what it cannot hold exactly it refuses at plan time, with the reason; what it has written loads back to the
+    same numbers, bit for bit.
     """
 
     def refuses(self, plan: Plan) -> str | None:

@@ -95,7 +95,7 @@ class Result:
         worst = sorted(self.layers, key=lambda layer: -layer.relative_loss)[:3]
         memory = f", {self.peak_memory / 1e6:.0f} MB above the model" if self.peak_memory is not None else ""
         lines = [
-            f"{self.source}: {plan.recipe.name}, {len(self.layers)} layers at {plan.bits_per_weight:.3f} bits per weight",
+            f"{self.source}: {plan.recipe.name}, {len(self.layers)} layers at {plan.bits_per_weight:.3f} bits a weight",
             f"{plan.bytes_before / 1e6:.1f} MB -> {plan.bytes_after / 1e6:.1f} MB in {self.seconds:.1f} s{memory}",
             "most lost: " + ", ".join(f"{layer.name} {layer.relative_loss:.2%}" for layer in worst),
         ]

@@ -1,10 +1,11 @@
 """compressed-tensors `pack-quantized`: integer weights of 2 to 8 bits that stock transformers and vLLM load.
 
-Codes are packed by the compressed-tensors library itself. A loader computes (q − z) · s in the dtype it loads the scales in,
-which is what `QTensor.dequantize` computes, so its weights equal ours bit for bit.
+Codes are packed by the compressed-tensors library itself. A loader computes (q − z) · s in the dtype in which it loads
+the scales, which is what `QTensor.dequantize` computes, so its weights equal ours bit for bit.
 
-The layout is that of the releases up to 0.17, which vLLM pins: as many whole codes as fit into 32 bits, so that 3-bit codes take
-3.2 bits on disk, 5-bit codes 5.33, 6-bit codes 6.4 and 7-bit codes 8; 2, 4 and 8 bits are the same in every release.
+The layout is that of the releases up to 0.17, which vLLM pins: as many whole codes as fit into 32 bits, so that 3-bit
+codes take 3.2 bits on disk, 5-bit codes 5.33, 6-bit codes 6.4 and 7-bit codes 8; 2, 4 and 8 bits are the same in every
+release.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class CompressedTensors:
         transposed = [p.name for p in plan.layers.values() if p.transposed]
         if transposed:
             return (
-                f"compressed-tensors holds nn.Linear only, and {transposed[0]} (with {len(transposed) - 1} more) is a Conv1D; "
-                "quantize in memory from Python, or use `quantforge compare`, which needs no checkpoint."
+                f"compressed-tensors holds nn.Linear only, and {transposed[0]} (with {len(transposed) - 1} more) is a "
+                "Conv1D; quantize in memory from Python, or use `quantforge compare`, which needs no checkpoint."
             )
         for p in plan.layers.values():
             if not isinstance(p.format.grid, IntGrid) or p.format.block[0] != 1:
@@ -54,8 +55,8 @@ class CompressedTensors:
             ]
             works = ", ".join(map(str, sizes)) or "-1 (a whole row)"
             return (
-                f"group size {group} does not divide the {' and '.join(map(str, widths))} inputs of {len(uneven)} layers "
-                f"(first {uneven[0].name}); these sizes divide every layer: {works}."
+                f"group size {group} does not divide the {' and '.join(map(str, widths))} inputs of {len(uneven)} "
+                f"layers (first {uneven[0].name}); these sizes divide every layer: {works}."
             )
         return None
 
@@ -124,7 +125,9 @@ def _unpack(name: str, args: Mapping[str, Any], parts: Mapping[str, Tensor | Non
     if missing:
         raise ModelError(342, f"{name} lacks {', '.join(missing)}; the checkpoint is incomplete.")
     packed, scale, shape_tensor = (parts[p] for p in _PARTS[:3])
-    assert packed is not None and scale is not None and shape_tensor is not None
+    assert packed is not None
+    assert scale is not None
+    assert shape_tensor is not None
     shape = tuple(int(n) for n in shape_tensor)
     group = args.get("group_size") if args.get("strategy") == "group" else None
     groups = -(-shape[1] // group) if group else 1

@@ -63,7 +63,8 @@ def find_stages(model: nn.Module) -> tuple[list[Stage], str]:
         if is_linear(module):
             stages.append(Stage((name,), (module,)))
     if not stages:
-        raise ModelError(330, f"{kind or type(model).__name__} has no linear layers in {path}, so there is nothing to quantize.")
+        what = kind or type(model).__name__
+        raise ModelError(330, f"{what} has no linear layers in {path}, so there is nothing to quantize.")
     return stages, f"architecture {kind!r} is not in the table: the linear layers of {path} are taken one by one"
 
 

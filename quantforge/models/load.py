@@ -44,7 +44,7 @@ class Source:
     trust_remote_code: bool = False
 
     def skeleton(self) -> nn.Module:
-        """Return the model on the meta device: every layer and shape, no weights; shapes are checked against the files."""
+        """Return the model on the meta device: every layer and shape, no weights; checked against the files."""
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -50,37 +51,37 @@ def walk(
     """
     solved = -1
 
-    def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def park(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if index <= solved:
-                return
-            current = getcurrent()
-            assert isinstance(current, _Parked)
-            observe(index, running.index(current), args[0])
-            current.at = index
-            assert current.parent is not None
-            current.parent.switch()
+    def park(index: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if index <= solved:
+            return
+        current = getcurrent()
+        assert isinstance(current, _Parked)
+        assert current.parent is not None
+        observe(index, running.index(current), args[0])
+        current.at = index
+        current.parent.switch()
 
-        return park
-
-    def run(batch: Tensor) -> None:
-        with torch.no_grad():
-            forward(batch)
-
-    handles = [m.register_forward_pre_hook(hook(i)) for i, s in enumerate(stages) for m in s.modules]
-    running = [_Parked(run) for _ in batches]
+    running = [_Parked(forward) for _ in batches]
+    handles = [m.register_forward_pre_hook(partial(park, i)) for i, s in enumerate(stages) for m in s.modules]
     try:
         for one, batch in zip(running, batches, strict=True):
-            one.switch(batch)
+            _go_on(one, batch)
         for index in range(len(stages)):
             yield index
             solved = index
             for one in running:
-                if not one.dead and one.at == index:
-                    one.switch()
+                if one.at == index:  # one that is further on never calls this stage
+                    _go_on(one)
     finally:
         for handle in handles:
             handle.remove()
         for one in running:
             if not one.dead:
                 one.throw()
+
+
+def _go_on(one: _Parked, *batch: Tensor) -> None:
+    """Let a batch run until it parks or ends; gradients are off meanwhile, and only then (the mode is the thread's)."""
+    if not one.dead:
+        with torch.no_grad():
+            one.switch(*batch)

@@ -1,7 +1,7 @@
 """Ranges: scale and zero point of each block, from the values in it.
 
-Every rule returns scales already rounded to the dtype in which the format stores them, so that codes chosen against them
-are codes for what is on disk. An asymmetric range always contains zero, as an integer zero point demands.
+Every rule returns scales already rounded to the dtype in which the format stores them, so that codes chosen against
+them are codes for what is on disk. An asymmetric range always contains zero, as an integer zero point demands.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def mse(
     w           [rows, cols] float32
     importance  [cols] or [rows, cols], ≥ 0: with the diagonal of the Hessian this is the Hessian-weighted error;
                 None weighs all alike
-    grid        how many shrink factors from 1 down to 1 − max_shrink; the first is min-max, so that the result is never worse
+    grid        how many shrink factors from 1 down to 1 − max_shrink; the first is min-max, so it is never worse
     power       2 for squared error; GPTQ's own clipping search uses 2.4
     """
     start = minmax(w, fmt)

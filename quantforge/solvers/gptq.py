@@ -24,15 +24,19 @@ class GPTQ:
 
     Ranges are fitted to the float weights before the sweep, so that columns may be taken in any order and the stored
     format needs no index of groups. A row that came out no better than plain rounding, by min-max or by the chosen
-    ranges, takes the rounded codes: rows are independent, so the result is never worse than rounding on the layer's loss.
+    ranges, takes the rounded codes: rows are independent, so the result never loses to rounding on the layer's loss.
 
-    damp_percent  λ added to the Hessian's diagonal, as a share of its mean; the paper's 1 %
+    damp_percent  what is added to the Hessian's diagonal, as a share of it (the paper: 0.01 of the mean)
+    damping       "relative": that share of each column's own entry; "mean": of the mean over columns, as in the paper.
+                  Where a few inputs are huge, the mean drowns the others
     act_order     take columns in the order of falling diag(H), the heaviest inputs first
     block_size    columns after which the rest of the matrix is updated; changes speed, not codes
-    range         how ranges are found: minmax, percentile, mse, or hessian (squared error weighted by diag(H))
+    range         how ranges are found: minmax, percentile, mse, or hessian (squared error weighted by 1 / U_jj², what
+                  an error in a column costs once the later columns have made up for it)
     """
 
-    damp_percent: float = 0.01
+    damp_percent: float = 0.15
+    damping: str = "relative"
     act_order: bool = True
     block_size: int = 128
     range: str = "hessian"
@@ -43,6 +47,8 @@ class GPTQ:
         ranges.rule(self.range)
         if not 0 <= self.damp_percent <= 1:
             raise ValueError(f"damp_percent must lie between 0 and 1, not {self.damp_percent}; the paper uses 0.01")
+        if self.damping not in ("relative", "mean"):
+            raise ValueError(f"damping is relative or mean, not {self.damping!r}")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {self.block_size}; 128 is usual")
 
@@ -53,8 +59,10 @@ class GPTQ:
             raise ValueError(f"{problem.name}: GPTQ needs a Hessian, and none was collected")
         diagonal = torch.nan_to_num(hessian.diagonal(), nan=0.0, posinf=0.0).clamp(min=0)
         order = diagonal.argsort(descending=True, stable=True) if self.act_order else None
-        factor = inverse_factor(hessian, self.damp_percent, order)
-        chosen = ranges.rule(self.range)(weight, fmt, diagonal)
+        factor = inverse_factor(hessian, self.damp_percent, order, relative=self.damping == "relative")
+        cost = torch.empty_like(diagonal)
+        cost[slice(None) if order is None else order] = factor.u.diagonal() ** -2
+        chosen = ranges.rule(self.range)(weight, fmt, cost)
         solved = _round_in_order(weight, chosen, fmt, factor.u, order, self.block_size)
         usable = problem if bool(hessian.isfinite().all()) else Problem(problem.name, weight, fmt)
         best, kept = _keep_better_rows(usable, solved, [chosen, ranges.minmax(weight, fmt)])

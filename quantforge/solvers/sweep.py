@@ -13,10 +13,10 @@ _INNER = 16  # columns updated one by one before a small matrix product takes ov
 
 @dataclass(frozen=True)
 class Factor:
-    """U, upper triangular with UᵀU = (H + λI)⁻¹, and how it was obtained.
+    """U, upper triangular with UᵀU = (H + D)⁻¹ for a diagonal damping D, and how it was obtained.
 
     u      [in, in] in the dtype in which the Cholesky factorization succeeded
-    damp   λ as a share of the mean of diag(H)
+    damp   the share of diag(H) that the damping came to
     rung   "float32", "float64", or "diagonal" when no damping made H factorizable and only its diagonal is used
     dead   [in] bool: columns whose input was always zero
     """
@@ -27,12 +27,15 @@ class Factor:
     dead: Tensor
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = None) -> Factor:
+def inverse_factor(
+    hessian: Tensor, damp_percent: float, order: Tensor | None = None, *, relative: bool = False
+) -> Factor:
     """Factor a Hessian [in, in], with its columns taken in `order` [in], climbing a ladder until it succeeds.
 
     With J the reversal, H = R Rᵀ for R = J chol(J H J) J upper triangular, and U = R⁻¹: one Cholesky and no explicit
-    inverse (GPTQ is Babai's nearest plane, arXiv:2507.18553). The ladder: the dtype of H with λ = damp_percent,
-    float64, then λ three times as large up to 1, then the diagonal alone.
+    inverse (GPTQ is Babai's nearest plane, arXiv:2507.18553). The damping is damp_percent times the mean of diag(H) on
+    every column, as in the paper; or, if `relative`, times each column's own entry. The ladder: the dtype of H,
+    float64, then a damping three times as large up to 1, then the diagonal alone.
     """
     if order is not None:
         hessian = hessian[order][:, order]
@@ -42,10 +45,11 @@ def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = 
     size = hessian.shape[0]
     dtypes = [hessian.dtype] if hessian.dtype == torch.float64 else [hessian.dtype, torch.float64]
     damp = damp_percent
+    added = diagonal.clone() if relative else torch.full_like(diagonal, mean)
     while mean > 0 and torch.isfinite(hessian).all() and damp <= 1:
         for dtype in dtypes:
             h = hessian.to(dtype, copy=True)
-            h.diagonal().add_(damp * mean)
+            h.diagonal().add_(damp * added)
             h.diagonal()[dead] = mean
             lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
             if not failed:

@@ -1,0 +1,95 @@
+"""Speed and memory on the demo model: `make bench`. Figures, never thresholds."""
+
+import time
+
+import pytest
+import torch
+
+from quantforge import api, pipeline, recipe
+from quantforge import plan as planning
+from quantforge.models import load
+from quantforge.numerics.formats import parse
+from quantforge.numerics.problem import Problem
+from quantforge.solvers.gptq import GPTQ
+
+pytestmark = pytest.mark.bench
+
+# Forward, the upper triangle of shared Hessians by eight tiles, one Cholesky an input, the solve: SmolLM2-135M, 64 x 512 tokens.
+ARITHMETIC = 11.3e12
+
+
+def gemm_rate() -> float:
+    """Multiply-adds a second, times two, of a float32 product of the model's own shape, the median of 15."""
+    a, b = torch.randn(2048, 576), torch.randn(1536, 576)
+    times = []
+    for _ in range(18):
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * 2048 * 576 * 1536 / sorted(times[3:])[7]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    source = load.find(None)
+    tokenizer = load.tokenizer(source)
+    ids, _ = api.token_ids("python-docs", "calibration", tokenizer, 512, 64)
+    return source, ids
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_whole_model(benchmark, demo, method, bits):
+    """Seconds from the first forward to the last solve, and the share of them that is arithmetic at the GEMM's rate."""
+    source, ids = demo
+    model = load.model(source)
+    plan = planning.make(model, recipe.load(method, bits=bits, group_size=64), source.dtype)
+    before = gemm_rate()
+    result = benchmark.pedantic(
+        lambda: api.run(model, plan, ids if plan.recipe.solver.needs else None, tokenizer=None, source="", calibration={}),
+        rounds=1,
+    )
+    after = gemm_rate()
+    benchmark.extra_info |= {
+        "threads": torch.get_num_threads(),
+        "gemm_gflops_before": before / 1e9,
+        "gemm_gflops_after": after / 1e9,
+        "seconds": result.seconds,
+        "peak_memory_mb": (result.peak_memory or 0) / 1e6,
+    }
+    if method == "gptq":
+        benchmark.extra_info["efficiency"] = ARITHMETIC / ((before + after) / 2) / result.seconds
+
+
+@pytest.mark.parametrize("width", [576, 1536, 2048])
+def test_one_layer(benchmark, width):
+    """Seconds to solve one square layer in 4 bits, groups of 64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * width, width, generator=generator)
+    problem = Problem("layer", torch.randn(width, width, generator=generator), parse("int4-g64-asym"), x.T @ x / len(x))
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(GPTQ().solve, args=(problem,), rounds=3, warmup_rounds=1)
+
+
+def test_the_walk_alone(benchmark, demo):
+    """Seconds of forward and Hessians without any solving."""
+    from quantforge.calibrate.stats import Hessian
+    from quantforge.models import arch
+    from quantforge.models.walk import walk
+
+    source, ids = demo
+    model = load.model(source)
+    stages = arch.find_stages(model)[0]
+
+    def run() -> None:
+        hessians: dict[int, Hessian] = {}
+
+        def observe(index: int, batch: int, x: torch.Tensor) -> None:
+            hessians.setdefault(index, Hessian(x.shape[-1])).add(x)
+
+        batches = torch.split(ids, pipeline.BATCH_TOKENS // ids.shape[1])
+        for index in walk(lambda batch: model.base_model(input_ids=batch, use_cache=False), batches, stages, observe):
+            hessians.pop(index)
+
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(run, rounds=1)

@@ -1,0 +1,206 @@
+"""Perplexity on a trained model means something: what methods promise shows in it, in memory and on disk alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import quantforge
+from quantforge.calibrate import corpus
+from quantforge.errors import DataError, ModelError, PlanError, QuantForgeError, ResourceError
+from quantforge.models import load as loading
+from quantforge.models import tiny
+from quantforge.result import Result
+
+TINY = Path(__file__).parent / "data" / "tiny-llama"
+LENGTH = 128
+
+
+@pytest.fixture(scope="module")
+def ids() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return calibration and evaluation tokens [windows, LENGTH]."""
+    tokenizer = loading.read_tokenizer(TINY)
+    parts = [
+        corpus.windows(corpus.load_text("python-docs", part), tokenizer, LENGTH, n).ids
+        for part, n in (("calibration", 48), ("evaluation", 24))
+    ]
+    return parts[0], parts[1]
+
+
+@pytest.fixture(scope="module")
+def score(ids):
+    """Return perplexity(model) on the evaluation tokens."""
+    return lambda model: quantforge.evaluate(model, data=ids[1], seq_len=LENGTH).perplexity
+
+
+@pytest.fixture(scope="module")
+def made(ids) -> dict[tuple[str, int], Result]:
+    """Return what each method makes of the trained model at each width."""
+    return {
+        (method, bits): quantforge.quantize(TINY, method, bits=bits, calibration=ids[0], seq_len=LENGTH)
+        for method, bits in (("rtn", 3), ("gptq", 3), ("rtn", 4), ("gptq", 4), ("rtn", 8), ("gptq", 8))
+    }
+
+
+@pytest.fixture(scope="module")
+def perplexity(made, score) -> dict[tuple[str, int], float]:
+    return {key: score(result.model) for key, result in made.items()} | {("fp", 16): score(TINY)}
+
+
+def test_the_model_has_learnt_something(perplexity):
+    """A model that guesses bytes evenly has 256; what it has learnt is what quantization can lose."""
+    assert 1 < perplexity["fp", 16] < 6
+
+
+def test_second_order_rounding_keeps_more_than_half_of_what_plain_rounding_loses(perplexity):
+    """At 3 and at 4 bits GPTQ's rise of the loss is below two thirds of RTN's."""
+    for bits in (3, 4):
+        lost = {m: perplexity[m, bits] / perplexity["fp", 16] - 1 for m in ("rtn", "gptq")}
+        assert lost["gptq"] < lost["rtn"] * 2 / 3, bits
+        assert lost["rtn"] > 0, bits
+
+
+def test_more_bits_lose_less(perplexity):
+    for method in ("rtn", "gptq"):
+        assert perplexity[method, 8] < perplexity[method, 4] < perplexity[method, 3]
+
+
+def test_eight_bits_are_within_half_a_percent_of_float(perplexity):
+    for method in ("rtn", "gptq"):
+        assert perplexity[method, 8] == pytest.approx(perplexity["fp", 16], rel=0.005)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("gptq", 3), ("rtn", 4), ("gptq", 8)])
+def test_a_checkpoint_scores_exactly_what_the_model_in_memory_scores(method, bits, made, perplexity, score, tmp_path):
+    saved = made[method, bits].save(tmp_path / "checkpoint")
+    assert score(saved) == perplexity[method, bits]
+    assert score(quantforge.load(saved, torch.float32)) == perplexity[method, bits]
+
+
+def test_stock_transformers_scores_the_same_checkpoint_the_same(made, perplexity, score, tmp_path):
+    saved = made["gptq", 4].save(tmp_path / "checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, local_files_only=True)
+    assert score(model) == pytest.approx(perplexity["gptq", 4], rel=1e-5)
+
+
+def test_the_losses_of_layers_say_which_method_is_better(made):
+    """The share of each layer's output that is lost: GPTQ's at 4 bits is below its own at 3 bits in every layer."""
+    three, four = (made["gptq", bits].layers for bits in (3, 4))
+    assert len(three) == len(four) == 28
+    for a, b in zip(three, four, strict=True):
+        assert a.name == b.name
+        assert 0 < b.relative_loss < a.relative_loss < 1
+
+
+def test_the_same_run_twice_gives_the_same_codes(ids, made):
+    again = quantforge.quantize(TINY, "gptq", bits=4, calibration=ids[0], seq_len=LENGTH)
+    for a, b in zip(again.layers, made["gptq", 4].layers, strict=True):
+        assert torch.equal(a.weight.base.codes, b.weight.base.codes), a.name
+        assert torch.equal(a.weight.base.scale, b.weight.base.scale), a.name
+
+
+def test_the_record_is_json_and_agrees_with_the_plan(made):
+    result = made["gptq", 4]
+    record = json.loads(json.dumps(result.record(), allow_nan=False))
+    assert record["method"] == "gptq"
+    assert record["format"] == "int4-g64-asym-bfloat16"
+    # 4 bits of code, and a scale of 16 bits with a zero point of 4 for every 64 weights
+    assert record["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 64)
+    assert record["bytes_after"] < record["bytes_before"] / 2
+    assert [row["name"] for row in record["layers"]] == list(result.plan.layers)
+    assert {row["tokens"] for row in record["layers"]} == {48 * LENGTH}
+
+
+def test_a_folder_and_its_model_in_memory_give_the_same_codes(ids, made):
+    model = loading.model(loading.find(str(TINY)))
+    result = quantforge.quantize(model, "gptq", bits=4, calibration=ids[0], seq_len=LENGTH)
+    assert result.model is model
+    for a, b in zip(result.layers, made["gptq", 4].layers, strict=True):
+        assert torch.equal(a.weight.base.codes, b.weight.base.codes), a.name
+
+
+def test_a_model_in_memory_needs_a_tokenizer_for_text_only():
+    model = tiny.make("llama")
+    with pytest.raises(DataError, match="tokenizer"):
+        quantforge.quantize(model, "gptq", calibration="python-docs", group_size=32)
+    assert quantforge.quantize(model, "rtn", group_size=32).calibration == {}
+
+
+def test_a_dead_input_channel_is_counted_and_does_no_harm(ids):
+    """Row 22: a column whose input is always zero keeps its rounded value, and the record says how many there were."""
+    model = loading.model(loading.find(str(TINY)))
+    norm = model.get_submodule("model.layers.1.input_layernorm")
+    with torch.no_grad():
+        norm.weight[5] = 0.0
+    before = model.get_submodule("model.layers.1.self_attn.q_proj").weight[:, 5].detach().clone()
+    result = quantforge.quantize(model, "gptq", bits=4, calibration=ids[0], seq_len=LENGTH)
+    dead = {layer.name: layer.weight.notes["dead_columns"] for layer in result.layers}
+    assert {name for name, n in dead.items() if n} == {f"model.layers.1.self_attn.{p}_proj" for p in "qkv"}
+    assert dead["model.layers.1.self_attn.q_proj"] == 1
+    after = model.get_submodule("model.layers.1.self_attn.q_proj").weight[:, 5]
+    codes = next(x for x in result.layers if x.name.endswith("layers.1.self_attn.q_proj")).weight.base
+    assert torch.all((after - before).abs() <= codes.scale[:, 0].float() * 0.51 + 1e-6)
+    assert before.abs().max() > 0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_one_token_repeated_is_solved_and_the_fallback_recorded(ids, score):
+    """Row 40: Hessians of rank one are no reason to stop; how each was solved is in the record."""
+    same = torch.full((2, LENGTH), 50)
+    result = quantforge.quantize(TINY, "gptq", bits=4, calibration=same, seq_len=LENGTH)
+    for row in result.record()["layers"]:
+        assert row["rung"] in ("float32", "float64", "diagonal")
+        assert row["damp"] >= 0.01
+    assert score(result.model) < 256
+    rows = quantforge.quantize(
+        TINY, "gptq", bits=4, calibration=same, seq_len=LENGTH, settings={"solver.damp_percent": 0.0}
+    )
+    notes = [layer.weight.notes for layer in rows.layers]
+    raised = [n for n in notes if n["damp"] > 0 or n["rung"] == "diagonal"]
+    assert raised
+    assert len(rows.fallbacks()) == len(raised)
+    assert all(line in rows.summary() for line in rows.fallbacks())
+
+
+def test_evaluate_takes_a_model_in_memory_and_leaves_it_as_it_was(ids):
+    model = tiny.make("llama", vocab_size=300)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = quantforge.evaluate(model, data=ids[1][:2], seq_len=LENGTH)
+    assert found.model == "LlamaForCausalLM"
+    assert found.data == {"name": "token ids", "seq_len": LENGTH, "count": 2}
+    assert json.loads(json.dumps(found.record()))["perplexity"] == found.perplexity
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "says"),
+    [
+        ({"device": "cuda"}, ResourceError, "--device cpu works"),
+        ({"device": "tpu"}, ResourceError, "cpu and cuda"),
+        ({"seq_len": 4096}, PlanError, "at most 512"),
+        ({"model": "no/such/folder"}, ModelError, "local folder"),
+        ({"calibration": torch.zeros(4)}, DataError, "int64"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_read(what, error, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(loading, "model", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "snapshot_download", _offline)
+    with pytest.raises(error, match=says):
+        quantforge.quantize(**{"model": TINY, "method": "gptq"} | what)
+
+
+def _offline(*args: object, **kwargs: object) -> str:
+    raise ConnectionError("no network")
+
+
+def test_every_refusal_is_a_quantforge_error():
+    with pytest.raises(QuantForgeError):
+        quantforge.quantize(TINY, "gtpq")
+    with pytest.raises(AttributeError, match="quantise"):
+        quantforge.quantise  # noqa: B018
+    assert all(callable(getattr(quantforge, name)) for name in ("quantize", "evaluate", "compare", "load"))
