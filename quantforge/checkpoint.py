@@ -46,7 +46,8 @@ def table(record: dict[str, Any]) -> str:
         lines.append(f"{row['name']:{width}}  {shape:>13}  {row['format']:22}  {row['bits_per_weight']:11.3f}  {loss}")
     lines.append(
         f"{record['source']} by {record['method']}: {len(rows)} layers at "
-        f"{record['bits_per_weight']:.3f} bits per weight, {record['bytes_before'] / 1e6:.1f} MB -> {record['bytes_after'] / 1e6:.1f} MB"
+        f"{record['bits_per_weight']:.3f} bits per weight, "
+        f"{record['bytes_before'] / 1e6:.1f} MB -> {record['bytes_after'] / 1e6:.1f} MB"
     )
     return "\n".join([*lines, *(f"note: {note}" for note in record["notes"])])
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from quantforge import api, recipe, report
+from quantforge import api, pipeline, recipe, report
 from quantforge.errors import RecipeError, pick
 from quantforge.evaluate import perplexity
 from quantforge.evaluate.perplexity import Reference, Score
@@ -31,6 +31,7 @@ PROTOCOL = (
     "of their seq_len − 1 predictions; KL = mean over the same predictions of KL(float ‖ quantized); float32 throughout"
 )
 FLOAT = "fp"
+MEASURED = 4  # calibration windows on which the layer losses of methods without data are measured
 
 
 def compare(
@@ -84,10 +85,12 @@ def compare(
     runs = [_float_run(score, skeleton, source)]
     originals = _originals(built, plans.values())
     for label, plan in plans.items():
-        for name, weight in originals.items():
-            arch.set_weight(built.get_submodule(name), weight.float())
+        _restore(built, originals)
         needed = calib if plan.recipe.solver.needs else None
         result = api.run(built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from)
+        if needed is None:  # once more, unclocked, to learn what its rounding does to the layers' outputs
+            _restore(built, originals)
+            result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib[:MEASURED])))
         runs.append(_score(label, result, ids, reference, None if keep is None else Path(keep)))
     found = Report(
         schema=report.SCHEMA,
@@ -152,6 +155,11 @@ def _originals(model: nn.Module, plans: Any) -> dict[str, Tensor]:
         for plan in plans
         for name in plan.layers
     }
+
+
+def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
+    for name, weight in originals.items():
+        arch.set_weight(model.get_submodule(name), weight.float())
 
 
 def _float_run(score: Score, skeleton: nn.Module, source: loading.Source) -> Run:

@@ -47,16 +47,17 @@ def quantize(
 
     The model's weights become the dequantized values of the codes.
 
-    ids       token ids [windows, seq_len] to calibrate on; None for solvers that need no data
+    ids       token ids [windows, seq_len] to calibrate on; None for solvers that need no data, whose losses are then
+              those of the weights; with ids, those of the outputs
     progress  called with each layer as it is done
     """
     stages = plan.select(arch.find_stages(model)[0])
     layers: list[Layer] = []
-    if not plan.recipe.solver.needs:
+    if ids is None:
+        assert not plan.recipe.solver.needs, "the plan's solver needs data"
         for stage in stages:
             layers += _solve(stage, plan, None, progress)
         return layers
-    assert ids is not None, "the plan's solver needs data"
     device = next(model.parameters()).device
     batches = [b.to(device) for b in torch.split(ids, max(BATCH_TOKENS // ids.shape[1], 1))]
     hessians: dict[int, Hessian] = {}

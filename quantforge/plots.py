@@ -1,7 +1,7 @@
 """The two plots of the report as inline SVG: perplexity over bits per weight, and loss over depth.
 
 Figures are drawn in the light palette; `svg` turns each of its colours into the CSS variable of the page, so that one
-drawing serves light and dark. Text stays text, in the page's font.
+drawing serves light and dark. Text stays text, in the page's font; names must be free of control characters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from quantforge.report import Run, clean
+if TYPE_CHECKING:
+    from quantforge.report import Run
 
 PALETTE = {
     "#fcfbf9": "--paper", "#22252b": "--ink", "#656a73": "--soft", "#dedad2": "--rule", "#e9e6df": "--grid",
@@ -58,7 +59,7 @@ def perplexity_figure(runs: Sequence[Run]) -> Figure:
     """Draw perplexity against bits per weight: a line per method over its widths, the float model as a level line."""
     shown = [r for r in runs if _drawable(r.perplexity)]
     levels = [r for r in shown if r.bits is None][:3]
-    series = _series(r for r in shown if r.bits is not None and _drawable(r.bits_per_weight))
+    series = _series(r for r in shown if r.bits is not None and 0 < r.bits_per_weight < 1000)
     with _style():
         figure = Figure(figsize=(WIDTH, 4.7), facecolor="none")
         axes = figure.add_axes((0.065, 0.115, 0.915, 0.80))
@@ -80,9 +81,9 @@ def perplexity_figure(runs: Sequence[Run]) -> Figure:
             labels.append((points[0], name, color))
         for level in levels:
             axes.axhline(level.perplexity, color=SOFT, linewidth=1.1, dashes=(4, 3), zorder=2)
-            axes.annotate(f"{clean(level.label)[:32]} {level.perplexity:,.3f}", (1, level.perplexity), (0, -4),
-                          xycoords=("axes fraction", "data"), textcoords="offset points", color=SOFT, ha="right", va="top",
-                          parse_math=False)  # fmt: skip
+            axes.annotate(f"{level.label[:32]} {level.perplexity:,.3f}", (1, level.perplexity), (0, -4),
+                          xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
+                          color=SOFT, parse_math=False)  # fmt: skip
         _label_beside(axes, labels)
         axes.set_xlabel("bits per weight", loc="right", labelpad=6)
         axes.text(-0.07, 1.035, "perplexity", transform=axes.transAxes, color=SOFT)
@@ -103,7 +104,7 @@ def _series(runs: Iterable[Run]) -> dict[str, list[Run]]:
     names: dict[str, list[Run]] = {}
     for (method, rest), members in groups.items():
         alone = methods.count(method) == 1
-        name = clean(method if alone else members[0].label if len(members) == 1 else rest)[:32]
+        name = (method if alone else members[0].label if len(members) == 1 else rest)[:32]
         names.setdefault(name, []).extend(members)
     return {name: sorted(members, key=lambda r: r.bits_per_weight) for name, members in names.items()}
 
@@ -148,15 +149,16 @@ def _label_beside(axes: Axes, labels: list[tuple[Point, str, str]]) -> None:
         near = [top for end, top in placed if abs(end - right) < 8 * height]
         center = max([wanted, *(top + height for top in near)])
         placed.append((right, center))
-        axes.annotate(name, (x, y), (-9, (center - wanted) * 72 / axes.figure.dpi), textcoords="offset points", color=color,
-                      ha="right", va="center", fontsize=10, fontweight="bold", parse_math=False, zorder=4)  # fmt: skip
+        axes.annotate(name, (x, y), (-9, (center - wanted) * 72 / axes.figure.dpi), textcoords="offset points",
+                      ha="right", va="center", color=color, fontsize=10, fontweight="bold", parse_math=False,
+                      zorder=4)  # fmt: skip
 
 
 def loss_figure(runs: Sequence[Run]) -> Figure:
     """Draw relative loss over depth on a log scale: a panel per kind of layer, a line per run."""
     shown = [run for run in runs if _depths(run)][:MOST_RUNS]
     kinds = list(dict.fromkeys(kind for run in shown for kind in _depths(run)))[:MOST_KINDS]
-    across = min(3, max(2, len(kinds)))
+    across = len(kinds) if 0 < len(kinds) <= 4 else min((4, 3), key=lambda n: -len(kinds) % n)  # the fewest gaps
     down = max(1, math.ceil(len(kinds) / across))
     with _style():
         legend = 0.3 + 0.24 * math.ceil(len(shown) / 4)
@@ -175,13 +177,13 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
             for run in shown:
                 points = _depths(run).get(kind, [])
                 axes.plot([x for x, _ in points], [y for _, y in points], **_line(run, colors, dashes), clip_on=False)
-            _finish_panel(axes, clean(kind)[:32], last=place + across >= len(kinds))
+            _finish_panel(axes, kind[:32], last=place + across >= len(kinds))
         _legend(figure, shown, [Line2D([], [], **_line(run, colors, dashes)) for run in shown])
     return figure
 
 
 def _depths(run: Run) -> dict[str, list[Point]]:
-    """Return the (depth, relative loss) points of each kind; layers of a kind in one block, as experts are, by their mean."""
+    """Return the (depth, relative loss) points of each kind; experts, which share a block, by their mean."""
     found: dict[str, dict[int, list[float]]] = {}
     for layer in run.layers:
         if _drawable(layer.relative_loss) and (layer.block is None or 0 <= layer.block < 10**6):
@@ -225,11 +227,11 @@ def _share(value: float, _: int | None) -> str:
 
 
 def _legend(figure: Figure, runs: Sequence[Run], lines: list[Line2D]) -> None:
-    legend = figure.legend(lines, ["-"] * len(runs), loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False,
-                           handlelength=2.8, columnspacing=2.0, borderpad=0.1)  # fmt: skip
+    legend = figure.legend(lines, ["-"] * len(runs), loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=4,
+                           frameon=False, handlelength=2.8, columnspacing=2.0, borderpad=0.1)  # fmt: skip
     for text, run in zip(legend.get_texts(), runs, strict=True):  # set afterwards: a label "_x" would hide the entry
         text.set_parse_math(False)
-        text.set_text(clean(run.label)[:36])
+        text.set_text(run.label[:36])
 
 
 def _empty(figure: Figure, axes: Axes, message: str) -> Figure:

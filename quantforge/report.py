@@ -1,7 +1,7 @@
 """The comparison report: one record of runs, written as JSON, as Markdown and as one self-contained HTML page.
 
-The record is made of frozen dataclasses and is all that the three files are made from, so that the same record gives the
-same bytes. Every name in it is untrusted text: each file escapes what it prints.
+The record is made of frozen dataclasses and is all that the three files are made from, so that the same record gives
+the same bytes. Every name in it is untrusted text: each file escapes what it prints.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import unicodedata
 from base64 import b64encode
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -178,7 +178,7 @@ def _read(where: str, value: Any, hint: Any) -> Any:
         return _record(where, _expect(where, value, dict), hint)
     if hint is float:
         try:
-            return math.nan if value is None else float(_expect(where, value, int, float))
+            return math.nan if value is None else float(_expect(where, value, float, int))
         except OverflowError as error:
             raise DataError(430, f"{where} is too large a number.") from error
     if origin is dict:
@@ -195,7 +195,7 @@ def _expect(where: str, value: Any, *types: type) -> Any:
     if type(value) in types:
         return value
     names = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number", type(None): "null"}
-    wanted = " or ".join(names.get(t, t.__name__) for t in types)
+    wanted = " or ".join(names.get(t, t.__name__) for t in types if t is not int or float not in types)
     raise DataError(430, f"{where} must be {wanted}, not {short(value)}.")
 
 
@@ -375,15 +375,22 @@ def to_html(report: Report) -> str:
 
     environment = _environment(lambda value: clean(str(value)), autoescape=True)
     template = environment.get_template("report.html.j2")
+    runs = [_cleaned(run) for run in report.runs]
     return template.render(
         report=report,
         columns=COLUMNS,
         best=best(report),
         warned=any(worth_reading(run) for run in report.runs),
-        perplexity_plot=Markup(plots.svg(plots.perplexity_figure(report.runs), "perplexity")),
-        loss_plot=Markup(plots.svg(plots.loss_figure(report.runs), "loss")),
+        perplexity_plot=Markup(plots.svg(plots.perplexity_figure(runs), "perplexity")),
+        loss_plot=Markup(plots.svg(plots.loss_figure(runs), "loss")),
         record=Markup(_inline(to_json(report))),
     )
+
+
+def _cleaned(run: Run) -> Run:
+    """Clean the names that plots show: they pass through XML, which cannot hold control characters at all."""
+    layers = tuple(replace(layer, kind=clean(layer.kind)) for layer in run.layers)
+    return replace(run, label=clean(run.label), method=clean(run.method), layers=layers)
 
 
 def _inline(text: str) -> str:

@@ -67,11 +67,14 @@ def problem(
     return Problem("layer", weight, parse(fmt), (sample.T @ sample * (2 / count)).float().to(dtype))
 
 
-def damped(h: Tensor, share: float) -> Tensor:
-    """Return H in float64 with `share` of the mean of its diagonal added to it, and dead columns made harmless."""
+def damped(h: Tensor, share: float, relative: bool = False) -> Tensor:
+    """Return H in float64 with `share` of its diagonal, or of the mean of that, added to it.
+
+    Columns without input get the mean, which keeps them apart from the others.
+    """
     h = h.double().clone()
     mean, dead = h.diagonal().mean(), h.diagonal() == 0
-    h += share * mean * torch.eye(len(h), dtype=torch.float64)
+    h += share * torch.diag(h.diagonal() if relative else mean.expand(len(h)))
     h.diagonal()[dead] = mean
     return h
 

@@ -1,9 +1,10 @@
-"""Train the small Llama that the tests quantize: 0.7 M parameters, bytes in, the Python language reference learnt.
+"""Train the small Llama that the tests quantize: 0.6 M parameters, bytes in, the Python language reference learnt.
 
     OMP_NUM_THREADS=1 python tools/train_tiny.py tests/data/tiny-llama
 
-RESULT
-Another Python carries another text, and another processor rounds differently: both give another model of the same kind.
+Takes five minutes of one core. The committed weights come from Python 3.11.7 and torch 2.13.0: on the evaluation part,
+in 48 windows of 512 bytes, their loss is 1.362 nats per byte, a perplexity of 3.904. Another Python carries another
+text, and another processor rounds differently: both give another model of the same kind.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from quantforge import api
 from quantforge.calibrate import corpus
-from quantforge.evaluate import perplexity
 
 STEPS = 2400
 TOKENS = 1024  # of one step
@@ -98,11 +99,10 @@ def main(folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ids = corpus.windows(corpus.load_text("python-docs", "evaluation"), tokenizer, LONG, 48).ids
-    score = perplexity.evaluate(model.float().eval(), ids)
-    loss = math.log(score.perplexity)
+    score = api.evaluate(model.float().eval(), data=ids).perplexity
     parameters = sum(p.numel() for p in model.parameters())
     print(f"Python {platform.python_version()}, torch {torch.__version__}: {parameters:,} parameters, ", end="")
-    print(f"evaluation loss {loss:.3f} nats per byte, perplexity {score.perplexity:.3f}")
+    print(f"evaluation loss {math.log(score):.3f} nats per byte, perplexity {score:.3f}")
 
 
 if __name__ == "__main__":

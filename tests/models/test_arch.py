@@ -29,8 +29,10 @@ SMALL = {
     "pad_token_id": 0,
 }
 UNKNOWN = {
-    "stablelm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+    "stablelm": [
+        *(f"self_attn.{n}_proj" for n in "qkvo"),
+        *(f"mlp.{n}_proj" for n in ("gate", "up", "down")),
+    ],
     "gpt_neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
 }
 
@@ -42,9 +44,7 @@ def tokens(windows: int = 3, length: int = 12) -> Tensor:
 def calls(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
     """Run `model` once; return (name, input) of each call of `modules`, in order."""
     found: list[tuple[str, Tensor]] = []
-    handles = [
-        m.register_forward_pre_hook(lambda m, args, n=n: found.append((n, args[0]))) for n, m in modules.items()
-    ]
+    handles = [m.register_forward_pre_hook(lambda m, args, n=n: found.append((n, args[0]))) for n, m in modules.items()]
     with torch.no_grad():
         model(tokens())
     for handle in handles:
@@ -74,11 +74,15 @@ def test_stages_are_in_the_order_of_the_forward_and_their_layers_read_one_tensor
     read = dict(called)
     flat = {}
     for stage in stages:
-        first = flat[stage] = read[stage.names[0]].reshape(-1, stage.modules[0].weight.shape[isinstance(stage.modules[0], nn.Linear)])
+        first = flat[stage] = read[stage.names[0]].reshape(
+            -1, stage.modules[0].weight.shape[isinstance(stage.modules[0], nn.Linear)]
+        )
         assert all(torch.equal(read[name].reshape(first.shape), first) for name in stage.names)
     shown = list(flat.values())
     for i, x in enumerate(shown):
-        assert not any(x.shape == y.shape and torch.equal(x, y) for y in shown[:i]), f"stage {i} reads what another does"
+        assert not any(x.shape == y.shape and torch.equal(x, y) for y in shown[:i]), (
+            f"stage {i} reads what another does"
+        )
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
@@ -87,7 +91,9 @@ def test_an_architecture_that_the_table_lacks_is_taken_layer_by_layer_with_a_not
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL)).eval()
     stages, note = arch.find_stages(model)
     assert [s.names for s in stages] == [
-        (f"{'gpt_neox' if kind == 'gpt_neox' else 'model'}.layers.{i}.{name}",) for i in (0, 1) for name in UNKNOWN[kind]
+        (f"{'gpt_neox' if kind == 'gpt_neox' else 'model'}.layers.{i}.{name}",)
+        for i in (0, 1)
+        for name in UNKNOWN[kind]
     ]
     assert kind in note
     assert "one by one" in note
@@ -102,7 +108,9 @@ def test_an_architecture_that_the_table_lacks_is_taken_layer_by_layer_with_a_not
 def test_the_text_part_of_a_multimodal_gemma_is_found():
     text = {**SMALL, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     stages, note = arch.find_stages(model)

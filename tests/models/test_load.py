@@ -117,11 +117,17 @@ def test_the_demo_model_that_is_not_installed_is_an_error_with_the_command_that_
 
 
 def test_quiet_puts_the_verbosity_of_transformers_back_even_after_an_error():
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    with pytest.raises(KeyError), load.quiet():
-        assert transformers_logging.get_verbosity() > level
-        raise KeyError
-    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == (level, bars)
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+
+    def noisy() -> None:
+        with load.quiet():
+            assert transformers_logging.get_verbosity() > before[0]
+            assert not transformers_logging.is_progress_bar_enabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        noisy()
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
 
 
 @pytest.mark.parametrize("kind", tiny.names())

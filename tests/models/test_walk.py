@@ -204,7 +204,7 @@ def test_a_module_that_only_some_batches_call_holds_nobody_up(firsts, arrivals):
     assert sorted(finished) == sorted(firsts)
 
 
-class Trouble(Exception):
+class TroubleError(Exception):
     """What the tests below raise."""
 
 
@@ -230,9 +230,9 @@ def test_an_error_of_the_consumer_passes_through_and_leaves_no_hook_or_batch_beh
         for index in walk(watched(model, inside), [tokens(1), tokens(1)], stages, lambda i, b, x: None):
             assert inside == [2]
             if index == at:
-                raise Trouble
+                raise TroubleError
 
-    with pytest.raises(Trouble):
+    with pytest.raises(TroubleError):
         consume()
     assert inside == [0]
     assert hooks(model) == 0
@@ -256,10 +256,10 @@ def test_an_error_in_the_forward_passes_through_and_leaves_no_hook_or_batch_behi
     def fail(module: nn.Module, args: object, out: object) -> None:
         calls[0] += 1
         if calls[0] == 2:
-            raise Trouble
+            raise TroubleError
 
     handle = model.get_submodule(where).register_forward_hook(fail)
-    with pytest.raises(Trouble):
+    with pytest.raises(TroubleError):
         list(walk(watched(model, inside), [tokens(1)] * 3, arch.find_stages(model)[0], lambda i, b, x: None))
     handle.remove()
     assert inside == [0]
@@ -271,9 +271,9 @@ def test_an_error_in_the_observer_passes_through_and_leaves_no_hook_behind():
 
     def observe(index: int, batch: int, x: Tensor) -> None:
         if (index, batch) == (2, 1):
-            raise Trouble
+            raise TroubleError
 
-    with pytest.raises(Trouble):
+    with pytest.raises(TroubleError):
         list(walk(forward(model), [tokens(1)] * 2, arch.find_stages(model)[0], observe))
     assert hooks(model) == 0
 
@@ -283,8 +283,11 @@ def test_an_error_in_the_observer_passes_through_and_leaves_no_hook_behind():
 def test_no_graph_is_recorded_and_the_callers_grad_mode_is_left_as_it_was(enabled, count):
     model = tiny.make("llama")
     recorded = []
-    watching = [m.register_forward_hook(lambda m, args, out: recorded.append(out.requires_grad))
-                for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
+    watching = [
+        m.register_forward_hook(lambda m, args, out: recorded.append(out.requires_grad))
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and m is not model.lm_head
+    ]
     with torch.set_grad_enabled(enabled):
         for _ in walk(forward(model), [tokens(1)] * count, arch.find_stages(model)[0], lambda i, b, x: None):
             pass

@@ -171,7 +171,7 @@ def test_searched_ranges_are_never_worse_than_minmax(fmt, kind, seed, power, wei
     assert (loss(mse(w, fmt, importance, power=power)) <= loss(minmax(w, fmt)) * (1 + 1e-4) + 1e-9).all()
 
 
-@pytest.mark.parametrize("fmt", ["int2-g16-asym", "int4-channel-sym", "int4-g16-sym", "int3-tensor-asym"])
+@pytest.mark.parametrize("fmt", ["int2-g16-asym", "int3-g16-asym", "int4-g16-sym", "int3-tensor-asym"])
 def test_search_gains_on_weights_with_outliers(fmt):
     fmt = parse(fmt)
     w = matrix("normal", 16, 64) ** 3

@@ -1,0 +1,195 @@
+"""Checkpoints read back: the damaged and the foreign ones give one line, not a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import quantforge
+from quantforge import checkpoint
+from quantforge.errors import ModelError
+from quantforge.models import tiny
+from quantforge.store import MARK
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "good"
+    quantforge.quantize(tiny.make("llama", dtype=torch.bfloat16), "rtn", group_size=32, out=folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_config(folder: Path, change: Callable[[dict], object], file: str = "config.json") -> None:
+    config = json.loads((folder / file).read_text())
+    change(config)
+    (folder / file).write_text(json.dumps(config))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        checkpoint.read(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_checkpoint_is_read_in_any_dtype_and_ready_to_evaluate(saved):
+    assert checkpoint.is_quantized(saved)
+    model = checkpoint.read(saved)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not model.training
+    assert {p.dtype for p in checkpoint.read(saved, torch.float32).parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert model(torch.arange(3, 20)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["weight_scale", "weight_shape", "weight_zero_point"])
+def test_a_layer_that_lacks_a_part_is_named(folder, part):
+    change_tensors(folder, lambda t: t.pop(f"{LAYER}.{part}"))
+    assert f"{LAYER} lacks {part}" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", f"{LAYER}.weight_packed", "model.embed_tokens.weight"])
+def test_a_missing_tensor_is_refused(folder, name):
+    change_tensors(folder, lambda t: t.pop(name))
+    message = refused(folder)
+    assert name.removesuffix("_packed") in message or (name == "model.embed_tokens.weight" and "lm_head.weight" in message)
+
+
+def test_a_tensor_that_does_not_belong_is_named(folder):
+    change_tensors(folder, lambda t: t.update({"model.layers.7.extra": torch.zeros(2)}))
+    assert "model.layers.7.extra" in refused(folder)
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape", "weight_zero_point"])
+def test_a_part_of_another_shape_is_named(folder, part):
+    key = f"{LAYER}.{part}"
+    change_tensors(folder, lambda t: t.update({key: t[key][:-1].clone()}))
+    assert LAYER in refused(folder)
+
+
+def test_a_layer_that_is_whole_but_of_another_size_than_the_config_says_is_refused(folder):
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        tensors |= {
+            k.replace("up_proj", "down_proj"): v.clone() for k, v in tensors.items() if k.startswith(f"{LAYER}.")
+        }
+
+    change_tensors(folder, shrink)
+    assert "down_proj" in refused(folder)
+
+
+def test_another_format_is_refused_by_name(folder):
+    change_config(folder, lambda c: c["quantization_config"].update(quant_method="gptq"))
+    assert "gptq" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [None, "int4", [1]])
+def test_a_folder_without_a_quantization_config_is_no_quantized_checkpoint(folder, value):
+    change_config(folder, lambda c: c.update(quantization_config=value))
+    assert "quantization_config" in refused(folder) or "quantized" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q.update(config_groups=[]),
+        lambda q: q.update(config_groups={"group_0": None}),
+        lambda q: q.update(config_groups={"group_0": {"targets": ["Linear"]}}),
+        lambda q: q["config_groups"]["group_0"].update(weights=None),
+        lambda q: q["config_groups"]["group_0"]["weights"].pop("symmetric"),
+        lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=3),
+        lambda q: q["config_groups"]["group_0"]["weights"].update(group_size=64),
+    ],
+)
+def test_a_damaged_quantization_config_is_refused(folder, change):
+    change_config(folder, lambda c: change(c["quantization_config"]))
+    refused(folder)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_a_file_that_is_cut_off_is_refused(folder, cut):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    assert "model.safetensors" in refused(folder)
+
+
+def test_the_record_is_what_was_saved(saved):
+    record = checkpoint.read_record(saved)
+    assert record["method"] == "rtn"
+    assert len(record["layers"]) == 14
+    text = checkpoint.table(record)
+    assert all(row["name"] in text for row in record["layers"])
+    assert "14 layers at 4.625 bits" in text.splitlines()[-1]
+
+
+def test_a_folder_without_a_record_says_that_quantforge_did_not_write_it(folder):
+    (folder / MARK).unlink()
+    assert not checkpoint.is_quantized(folder)
+    with pytest.raises(ModelError, match=r"was not written by quantforge"):
+        checkpoint.read_record(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("", 351),
+        ("{", 351),
+        ("[" * 100_000, 351),
+        (b"\xff\xfe", 351),
+        ("[]", 352),
+        ("{}", 352),
+        ('{"schema": 2}', 352),
+        ('{"schema": "1"}', 352),
+        ("null", 352),
+    ],
+)
+def test_an_edited_record_is_refused(folder, text, number):
+    (folder / MARK).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ModelError) as caught:
+        checkpoint.read_record(folder)
+    assert caught.value.number == number
+    assert MARK in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("layers"),
+        lambda r: r.update(layers=None),
+        lambda r: r["layers"].append({}),
+        lambda r: r["layers"][0].update(loss="much"),
+        lambda r: r["layers"][0].update(shape=[]),
+        lambda r: r.pop("notes"),
+        lambda r: r.update(bits_per_weight=None),
+    ],
+)
+def test_a_record_that_lacks_what_the_table_shows_is_refused(folder, change):
+    change_config(folder, change, MARK)
+    with pytest.raises(ModelError):
+        checkpoint.table(checkpoint.read_record(folder))
+
+
+def test_a_record_that_is_a_folder_is_refused(folder):
+    (folder / MARK).unlink()
+    (folder / MARK).mkdir()
+    with pytest.raises(ModelError):
+        checkpoint.read_record(folder)

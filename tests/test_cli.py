@@ -1,0 +1,347 @@
+"""The command line end to end on the trained tiny model: results on stdout, the rest on stderr, exit codes by class."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from quantforge import __version__, checkpoint, cli
+from quantforge.calibrate import corpus
+from quantforge.models import load as loading
+
+TINY = Path(__file__).parent / "data" / "tiny-llama"
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("quantize", "evaluate", "compare", "inspect", "methods")
+SMALL = ("--samples", "8", "--seq-len", "64")
+
+
+def run(*args: object) -> Result:
+    """Run the command line in this process; an exception that is no clean exit is raised."""
+    result = CliRunner().invoke(cli.main, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def spawn(*args: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "quantforge", *map(str, args)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Return a .txt file of plain English about Python."""
+    file = tmp_path_factory.mktemp("text") / "some.txt"
+    file.write_text(corpus.load_text("python-docs", "evaluation").text[:6000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def quantized(text, tmp_path_factory) -> tuple[Path, Result]:
+    """Return a checkpoint that the command line wrote, and what it printed."""
+    out = tmp_path_factory.mktemp("quantized") / "tiny 4 bits"
+    return out, run("quantize", TINY, "--bits", 4, "--calib", text, *SMALL, "--out", out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_has_help(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage:")
+    assert run(command, "-h").stdout == result.stdout
+    assert command in run("--help").stdout
+    for parameter in cli.main.commands[command].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert parameter.opts[0] in result.stdout
+
+
+def test_the_commands_are_these_and_the_version_is_the_packages():
+    assert sorted(cli.main.commands) == sorted(COMMANDS)
+    assert run("--version").stdout.strip().endswith(__version__)
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, quantforge.cli as cli\n"
+        "try: cli.main(['quantize', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Usage:" in result.stdout
+
+
+def test_quantize_writes_a_checkpoint_and_says_what_came_of_it(quantized):
+    out, result = quantized
+    assert result.exit_code == 0
+    assert {f.name for f in out.iterdir()} >= {"config.json", "model.safetensors", "quantforge.json", "tokenizer.json"}
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    assert "gptq, 28 layers at 4.312 bits" in result.stdout
+    assert f"next: quantforge evaluate '{out}'" in result.stdout
+    assert result.stderr == ""
+    assert checkpoint.read_record(out)["calibration"]["count"] == 8
+
+
+def test_evaluate_scores_float_and_quantized_models(quantized, text):
+    found = {}
+    for name, folder in (("fp", TINY), ("gptq", quantized[0])):
+        result = run("evaluate", folder, "--data", text, "--seq-len", 64, "--windows", 10, "--json")
+        assert result.exit_code == 0
+        assert result.stderr == ""
+        found[name] = json.loads(result.stdout)
+    assert found["fp"]["data"]["ids_sha256"] == found["gptq"]["data"]["ids_sha256"]
+    assert found["fp"]["perplexity"] > 1
+    assert found["gptq"]["perplexity"] != found["fp"]["perplexity"]
+    assert found["gptq"]["perplexity"] == pytest.approx(found["fp"]["perplexity"], rel=0.1)
+    assert found["gptq"]["model"] == quantized[0].name
+    plain = run("evaluate", TINY, "--data", text, "--seq-len", 64, "--windows", 10).stdout
+    assert plain == f"tiny-llama: perplexity {found['fp']['perplexity']:.3f} on 10 x 64 tokens of {text}\n"
+
+
+def test_evaluate_takes_all_windows_unless_told(text):
+    record = json.loads(run("evaluate", TINY, "--data", text, "--seq-len", 512, "--json").stdout)
+    assert record["data"]["count"] == record["data"]["tokens"] // 512 == len(text.read_bytes()) // 512
+
+
+def test_compare_prints_the_table_and_writes_the_report(text, tmp_path):
+    out = tmp_path / "report"
+    arguments = ("compare", TINY, "--methods", "fp,rtn,gptq", "--bits", "3", "--calib", text, "--data", text, *SMALL)
+    result = run(*arguments, "--windows", 8, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    assert sorted(f.name for f in out.iterdir()) == ["report.html", "report.json", "report.md"]
+    lines = result.stdout.splitlines()
+    assert lines[-1] == str(out / "report.html")
+    assert [row.split("|")[1].strip() for row in lines[2:5]] == ["fp", "rtn-int3-g64-asym", "gptq-int3-g64-asym"]
+    printed = run(*arguments, "--windows", 8, "--out", tmp_path / "again", "--json")
+    record = json.loads(printed.stdout)
+    assert [r["perplexity"] for r in record["runs"]] == [
+        r["perplexity"] for r in json.loads((out / "report.json").read_text())["runs"]
+    ]
+
+
+def test_inspect_shows_every_layer(quantized):
+    result = run("inspect", quantized[0])
+    assert result.exit_code == 0
+    record = json.loads(run("inspect", quantized[0], "--json").stdout)
+    assert len(record["layers"]) == 28
+    for row in record["layers"]:
+        assert row["name"] in result.stdout
+        assert row["format"] == "int4-g64-asym-bf16"
+    assert json.loads((quantized[0] / "quantforge.json").read_text()) == record
+
+
+def test_methods_lists_papers_and_options():
+    found = json.loads(run("methods", "--json").stdout)
+    assert {"gptq", "rtn"} <= {m["name"] for m in found}
+    printed = run("methods").stdout
+    for method in found:
+        assert method["paper"]
+        assert f"{method['name']}: {method['about']}" in printed
+        for option, (kind, default) in method["options"].items():
+            assert f"--set solver.{option}={default}  ({kind})" in printed
+
+
+def test_quantize_as_json_holds_the_record_of_the_checkpoint(text, tmp_path):
+    out = tmp_path / "out"
+    result = run("quantize", TINY, "-m", "rtn", "--bits", 8, "--symmetric", "--out", out, "--json")
+    record = json.loads(result.stdout)
+    assert record == checkpoint.read_record(out)
+    assert record["format"] == "int8-g64-sym-bf16"
+    assert record["calibration"] == {}
+
+
+def test_settings_reach_the_solver(text, tmp_path):
+    out = tmp_path / "out"
+    settings = ("--set", "solver.damp_percent=0.05", "--set", "solver.act_order=no", "--group-size", "32")
+    run("quantize", TINY, "--calib", text, *SMALL, *settings, "--out", out)
+    record = checkpoint.read_record(out)
+    assert "damp_percent=0.05" in record["solver"]
+    assert "act_order=False" in record["solver"]
+    assert {row["damp"] for row in record["layers"]} == {0.05}
+    assert record["format"].startswith("int4-g32-asym")
+
+
+def test_overwrite_replaces_a_checkpoint_and_nothing_else(text, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("quantize", TINY, "-m", "rtn", "--out", out)
+    assert run(*arguments, "--bits", 4).exit_code == 0
+    refused = run(*arguments, "--bits", 8)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "--overwrite" in refused.stderr
+    assert checkpoint.read_record(out)["format"].startswith("int4")
+    assert run(*arguments, "--bits", 8, "--overwrite").exit_code == 0
+    assert checkpoint.read_record(out)["format"].startswith("int8")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def _tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("out", [None, "out", "new/deep/out"])
+def test_a_dry_run_reads_no_weights_and_writes_nothing(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "model", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.chdir(tmp_path)
+    before = _tree(TINY)
+    more = ("--out", tmp_path / out) if out else ()
+    plain = run("quantize", TINY, "--bits", 3, "--dry-run", *more)
+    record = json.loads(run("quantize", TINY, "--bits", 3, "--dry-run", "--json", *more).stdout)
+    assert plain.exit_code == 0
+    assert len(record["layers"]) == 28
+    for row in record["layers"]:
+        assert row["name"] in plain.stdout
+    assert plain.stdout.splitlines()[-1].startswith("28 layers at 3.297 bits ")
+    assert record["bytes_after"] < record["bytes_before"]
+    assert list(tmp_path.iterdir()) == []
+    assert _tree(TINY) == before
+
+
+def test_a_dry_run_works_from_inside_the_model_folder(monkeypatch):
+    monkeypatch.chdir(TINY)
+    before = _tree(TINY)
+    result = run("quantize", ".", "--dry-run")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert _tree(TINY) == before
+
+
+def test_a_dry_run_foretells_the_bits_and_layers_of_the_run(quantized):
+    plan = json.loads(run("quantize", TINY, "--bits", 4, "--dry-run", "--json").stdout)
+    record = checkpoint.read_record(quantized[0])
+    assert [row["name"] for row in plan["layers"]] == [row["name"] for row in record["layers"]]
+    assert plan["bits_per_weight"] == record["bits_per_weight"]
+    assert plan["bytes_after"] == record["bytes_after"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["quantize", TINY, "--method", "gtpq"], 2, ["'gtpq'", "did you mean 'gptq'?"]),
+        (["quantize", TINY, "--bits", "9"], 2, ["2 to 8", "9"]),
+        (["quantize", TINY, "--group-size", "0"], 2, ["group size", "-1"]),
+        (["quantize", TINY, "--set", "solver.damp_percent=abc"], 2, ["solver.damp_percent", "float", "'abc'"]),
+        (["quantize", TINY, "--set", "solver.damp_percent=-1"], 2, ["damp_percent", "between 0 and 1"]),
+        (["quantize", TINY, "--set", "solver.damp_percnt=0.1"], 2, ["did you mean 'damp_percent'?"]),
+        (["quantize", TINY, "--set", "solvr.damp_percent=0.1"], 2, ["did you mean 'solver.damp_percent'?"]),
+        (["quantize", TINY, "--set", "solver=gtpq"], 2, ["did you mean 'gptq'?"]),
+        (["quantize", TINY, "--set", "solver.damp_percent"], 2, ["KEY=VALUE"]),
+        (["compare", TINY, "--bits", "4,three"], 2, ["--bits", "4,three"]),
+        (["compare", TINY, "--methods", "fp,gtpq"], 2, ["did you mean 'gptq'?"]),
+        (["compare", TINY, "--methods", ""], 2, ["at least one method"]),
+        (["compare", TINY, "--set", "solver.dampness=1"], 2, ["'solver.dampness'"]),
+        (["quantize", TINY, "--group-size", "96"], 2, ["model.layers.0.self_attn.q_proj", "64"]),
+        (["quantize", "no-such-folder"], 3, ["'no-such-folder'", "local folder"]),
+        (["quantize", TINY, "--calib", "python-dosc"], 4, ["did you mean 'python-docs'?"]),
+        (["quantize", TINY, "--calib", "nothing.txt"], 4, ["'nothing.txt'"]),
+        (["quantize", TINY, "--device", "cuda"], 5, ["--device cpu works"]),
+        (["quantize", TINY, "--device", "tpu"], 5, ["'tpu'", "cpu and cuda"]),
+    ],
+    ids=lambda value: " ".join(map(str, value[2:] or value[:1])) if isinstance(value, list) and value else "",
+)
+def test_the_exit_code_tells_the_kind_of_fault_and_one_line_says_it(arguments, code, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(loading, "snapshot_download", _unreachable)
+    monkeypatch.setattr(loading, "model", lambda *a: pytest.fail("weights were read"))
+    result = run(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == code, result.stderr
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error[QF-")
+    for part in says:
+        assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def _unreachable(*args: object, **kwargs: object) -> str:
+    raise ConnectionError("no network in tests")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quantize", TINY], "--out DIR is missing"),
+        (["quantize", TINY, "--bits", "4.5", "--out", "x"], "'4.5' is not a valid integer"),
+        (["quantize", TINY, "--samples", "0", "--out", "x"], "--samples"),
+        (["evaluate", TINY, "--seq-len", "1"], "--seq-len"),
+        (["compare", TINY], "--out"),
+        (["quantise", TINY], "quantise"),
+        (["quantize", TINY, "--bitz", "4"], "--bits"),
+        (["inspect"], "FOLDER"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and isinstance(value[-1], str) else "",
+)
+def test_wrong_usage_exits_with_2_and_names_the_option(arguments, says):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_inspect_of_what_is_no_checkpoint(tmp_path):
+    result = run("inspect", TINY)
+    assert result.exit_code == 3
+    assert "quantforge.json" in result.stderr
+    for content in ("", "[]", "{", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "layers": 3}'):
+        (tmp_path / "quantforge.json").write_text(content)
+        result = CliRunner().invoke(cli.main, ["inspect", str(tmp_path)])
+        assert result.exit_code == 3, content
+        assert result.stderr.startswith("error[QF-35"), content
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_json_makes_errors_json_too(monkeypatch):
+    arguments = ["quantize", TINY, "--method", "gtpq", "--out", "never", "--json"]
+    monkeypatch.setattr(sys, "argv", ["quantforge", *map(str, arguments)])
+    result = run(*arguments)
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "QF-201"
+    assert result.stderr == f"error[QF-201]: {error['message']}\n"
+
+
+def test_a_real_process_keeps_streams_apart_and_shows_no_bar_or_colour_off_a_terminal(text, tmp_path):
+    result = spawn("quantize", TINY, "--calib", text, *SMALL, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "\x1b" not in result.stdout
+    assert "\r" not in result.stdout
+    assert result.stdout.startswith("tiny-llama: gptq, 28 layers")
+
+
+def test_a_closed_stdout_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "quantforge", "methods"],
+            cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr
+    assert result.returncode != 0
+
+
+def test_an_exception_that_is_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("quantforge.recipe.catalogue", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("methods")

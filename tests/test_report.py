@@ -1,0 +1,494 @@
+"""The report: the record survives JSON, nothing in it acts in HTML or Markdown, the same record gives equal bytes."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from quantforge import plots, report
+from quantforge.errors import DataError
+from quantforge.report import LayerRow, Report, Run, from_json, table, to_html, to_json, to_markdown
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "x]]><img src=http://evil.example/p onerror=alert(1)>",
+    "</script><script>alert(2)</script><!--",
+    "esc\x1b[31mred\x07\x00\x9b1m",
+    "rtl\u202egnp.exe\u2066\u200f",
+    "a|b\n| c | d |\r\n# heading",
+    "[link](javascript:alert(1)) ![i](http://evil.example/p) `code` **b** $x$ <!-- c",
+    "$\\frac{1}{$ ${{7*7}} {{7*7}} {% raw %}",
+    "_nolegend_",
+    "\ud800\ufffe\u2028\u2029",
+    "url(http://evil.example/x)\" onload=\"alert(1)' x='",
+    "ヘブライ עברית 模型",
+]
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def layer(kind: str = "q_proj", block: int | None = 0, relative_loss: float = 0.01) -> LayerRow:
+    name = f"model.layers.{block}.{kind}"
+    return LayerRow(name, kind, block, (64, 32), "int4-g32", 4.5, 12.5, relative_loss, {"damp": 0.01, "rung": "damped"})
+
+
+def a_run(label: str = "gptq-int4-g64", bits: int | None = 4, perplexity: float = 12.3456, **changes: object) -> Run:
+    layers = tuple(layer(kind, block, 0.01 * (block + 1)) for block in range(3) for kind in ("q_proj", "down_proj"))
+    run = Run(
+        label, label.split("-")[0], bits, 16.0 if bits is None else bits + 0.3125, perplexity, 0.01234, 1.26, 2_500_000,
+        123_456_789, "", {"damp_percent": 0.01}, () if bits is None else layers, (),
+    )  # fmt: skip
+    return dataclasses.replace(run, **changes)
+
+
+def a_report(*runs: Run, **changes: object) -> Report:
+    quantized = (a_run(f"{method}-int{bits}", bits, 10 + 40 / bits) for method in ("rtn", "gptq") for bits in (2, 4, 8))
+    runs = runs or (a_run("float", None, 10.0), *quantized)
+    made = Report(
+        report.SCHEMA, "tiny", ("a note",), {"set": "docs", "samples": 8}, {"tokens": 1024}, "One protocol for all.",
+        {"processor": "cpu", "memory_bytes": 8_000_000_000}, {"torch": "2.0"}, "quantforge compare tiny", "2026-01-01",
+        runs,
+    )  # fmt: skip
+    return dataclasses.replace(made, **changes)
+
+
+def hostile(text: str) -> Report:
+    """Put `text` wherever a record has text."""
+    row = dataclasses.replace(layer(), name=text, kind=text, format=text, notes={text: text})
+    runs = tuple(
+        a_run(label, 4, perplexity, method=text, disk_note=text, options={text: [text]}, layers=(row,), notes=(text,))
+        for label, perplexity in ((text, 12.0), (text + "4", 13.0), ("rtn-int4", 14.0))
+    )
+    float_run = a_run(text, None, 11.0, method=text)
+    facts = {text: {text: text}}
+    return Report(1, text, (text,), facts, facts, text, facts, {text: text}, text, text, (float_run, *runs))
+
+
+@cache
+def hostile_page(text: str) -> str:
+    return to_html(hostile(text))
+
+
+@cache
+def plain_page() -> str:
+    return to_html(a_report())
+
+
+class Page(HTMLParser):
+    """Parses a page strictly: records elements and attributes, fails on a tag that is not balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs), f"<{tag}> repeats an attribute"
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1] if self.open else "", data))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        raise AssertionError(f"<{tag}/> means something else in HTML than in XML")
+
+    def count(self, tag: str) -> int:
+        return sum(found == tag for found, _ in self.elements)
+
+
+def cells(line: str) -> int:
+    return len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) - 1
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+words = st.text(max_size=8)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+counts = st.integers(min_value=-(10**20), max_value=10**20)
+scalars = st.none() | st.booleans() | counts | numbers | words
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2), max_leaves=4
+)
+objects = st.dictionaries(words, values, max_size=2)
+layer_rows = st.builds(
+    LayerRow, name=words, kind=words, block=st.none() | counts, shape=st.tuples(counts, counts), format=words,
+    bits_per_weight=numbers, loss=numbers, relative_loss=numbers, notes=st.dictionaries(words, scalars, max_size=2),
+)  # fmt: skip
+some_runs = st.builds(
+    Run, label=words, method=words, bits=st.none() | counts, bits_per_weight=numbers, perplexity=numbers, kl=numbers,
+    seconds=numbers, peak_memory_bytes=st.none() | counts, bytes_on_disk=st.none() | counts, disk_note=words,
+    options=objects, layers=st.lists(layer_rows, max_size=2).map(tuple), notes=st.lists(words, max_size=2).map(tuple),
+)  # fmt: skip
+reports = st.builds(
+    Report, schema=st.just(report.SCHEMA), model=words, model_notes=st.lists(words, max_size=2).map(tuple),
+    calibration=objects, evaluation=objects, protocol=words, machine=objects,
+    versions=st.dictionaries(words, words, max_size=2), command=words, created=words,
+    runs=st.lists(some_runs, max_size=3).map(tuple),
+)  # fmt: skip
+quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+
+
+@quick
+@given(made=reports)
+def test_a_record_survives_json_exactly(made: Report) -> None:
+    assert from_json(to_json(made)) == made
+
+
+@settings(quick, max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
+@given(made=reports)
+def test_every_record_makes_a_page_and_a_table(made: Report) -> None:
+    Page(to_html(made))
+    assert {cells(line) for line in table(made).splitlines()} == {len(report.COLUMNS)}
+    assert not CONTROL.search(to_markdown(made))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null_in_json_and_not_available_in_the_table(value: float) -> None:
+    run = a_run(perplexity=value, kl=value, seconds=value, options={"deep": [{"x": value}]})
+    text = to_json(a_report(run))
+    data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert data["runs"][0]["perplexity"] is None
+    assert data["runs"][0]["options"] == {"deep": [{"x": None}]}
+    assert math.isnan(from_json(text).runs[0].perplexity)
+    assert to_json(from_json(text)) == text
+    assert table(a_report(run)).count("n/a") == 3
+    assert "nan" not in re.sub(r"<script.*?</script>", "", to_html(a_report(run)), flags=re.S).lower().split()
+
+
+def broken(**changes: object) -> str:
+    return json.dumps({**json.loads(to_json(a_report())), **changes})
+
+
+def broken_run(**changes: object) -> str:
+    data = json.loads(to_json(a_report()))
+    data["runs"][1].update(changes)
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a report"),
+        ("{}", "no field 'schema'"),
+        (broken(schema=2), "schema 2"),
+        (broken(schema=True), "schema True"),
+        (broken(schema=1.0), "schema 1.0"),
+        (broken(schema="1"), "schema '1'"),
+        (broken(modle="x"), "did you mean 'model'?"),
+        (broken(model=3), "report.model must be text, not 3"),
+        (broken(runs={}), "report.runs must be a list"),
+        (broken(runs=[1]), "report.runs[0] must be an object"),
+        (broken(versions={"torch": 2}), "report.versions['torch'] must be text"),
+        (broken_run(perplexity="low"), "report.runs[1].perplexity must be a number, not 'low'"),
+        (broken_run(perplexity=True), "not True"),
+        (broken_run(perplexity=10**400), "too large"),
+        (broken_run(bits=4.0), "report.runs[1].bits must be an integer or null, not 4.0"),
+        (broken_run(layers=[{}]), "report.runs[1].layers[0] lacks the field 'name'"),
+        (broken_run(notes=["fine", None]), "report.runs[1].notes[1] must be text, not None"),
+        (broken_run(label="\x1b[31m", bits="\x1b[31m"), "'\\x1b[31m'"),
+        (to_json(a_report()).replace("10.0", "NaN"), "NaN is no JSON number"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_malformed_records_are_refused_in_one_line_that_says_where(text: str, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        from_json(text)
+    assert caught.value.number == 430
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 400
+
+
+def test_a_shape_has_two_sides() -> None:
+    data = json.loads(to_json(a_report()))
+    data["runs"][1]["layers"][0]["shape"] = [1, 2, 3]
+    with pytest.raises(DataError, match="shape must have 2 items, not 3"):
+        from_json(json.dumps(data))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12.34567, "12.346"), (9999.9, "9999.900"), (48123.4, "4.812e+04"), (math.nan, "n/a"), (math.inf, "n/a")],
+)
+def test_perplexity_has_three_decimals_and_is_scientific_when_large(value: float, text: str) -> None:
+    assert report.perplexity(value) == text
+
+
+def test_the_table_shows_each_number_in_its_unit() -> None:
+    row = table(a_report(a_run(kl=-1e-9))).splitlines()[2]
+    shown = [cell.strip() for cell in row.strip("|").split("|")]
+    assert shown == ["gptq-int4-g64", "4", "4.312", "12.346", "0.0000", "123.5", "1.3", "2.5"]
+
+
+def test_what_is_unknown_is_not_available_and_the_float_model_has_no_bits() -> None:
+    row = table(a_report(a_run("float", None, peak_memory_bytes=None, bytes_on_disk=None))).splitlines()[2]
+    shown = [cell.strip() for cell in row.strip("|").split("|")]
+    assert shown == ["float", "float", "16.000", "12.346", "0.0123", "n/a", "1.3", "n/a"]
+
+
+# --- hostile text -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_adds_no_element_to_the_page(text: str) -> None:
+    page, harmless = Page(hostile_page(text)), Page(hostile_page("harmless"))
+    for tag in ("script", "img", "style", "a", "iframe", "object", "meta", "link", "svg", "td", "li"):
+        assert page.count(tag) == harmless.count(tag)
+    names = {name for _, attributes in page.elements for name in attributes}
+    assert names <= {name for _, attributes in harmless.elements for name in attributes} | {"clip-path", "transform"}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_never_appears_raw(text: str) -> None:
+    made = hostile(text)
+    for out in (hostile_page(text), to_markdown(made), table(made)):
+        assert not CONTROL.search(out)
+        assert "<script>alert" not in out
+        assert "]]>" not in out
+        assert "<img" not in out
+        assert "<!--" not in out.replace("<!DOCTYPE", "")
+    assert to_json(made).isascii()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_record_inside_the_page_is_the_record_and_cannot_end_its_element(text: str) -> None:
+    record = re.search(r'<script type="application/json" id="record">(.*?)</script>', hostile_page(text), re.S)[1]
+    assert not set("<>&") & set(record)
+    assert record.isascii()
+    assert from_json(record) == hostile(text)
+
+
+def test_a_script_in_a_name_is_shown_as_text_and_written_as_u003c_in_inline_json() -> None:
+    page = to_html(a_report(model="<script>alert(1)</script>"))
+    assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt;</h1>" in page
+    assert '"model": "\\u003cscript\\u003ealert(1)\\u003c/script\\u003e"' in page
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markdown_tables_keep_their_cells_and_lines(text: str) -> None:
+    made, harmless = to_markdown(hostile(text)), to_markdown(hostile("harmless"))
+    for block in (made, harmless):
+        for rows in re.findall(r"(?:^\|.*\n)+", block, re.M):
+            assert len({cells(line) for line in rows.splitlines()}) == 1
+    assert len(made.splitlines()) == len(harmless.splitlines())
+    assert [line.split()[0] for line in made.splitlines() if line.startswith("#")] == ["#", "##", "##", "##"]
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("a|b", r"a\|b"),
+        ("model.layers.0.down_proj", "model.layers.0.down_proj"),
+        ("_x_ *y*", r"\_x\_ \*y\*"),
+        ("# no heading", r"\# no heading"),
+        ("- no item", r"\- no item"),
+        ("1. no item", r"1\. no item"),
+        ("1.5 bits", "1.5 bits"),
+        ("[a](b)", r"\[a\](b)"),
+        ("<b>&amp;", "&lt;b&gt;&amp;amp;"),
+        ("`x` $y$ ~z~", r"\`x\` \$y\$ \~z\~"),
+        ("\x1b[0m", r"\\x1b\[0m"),
+        ("two\n\n lines", "two lines"),
+    ],
+)
+def test_markdown_escapes_what_would_be_markup_and_nothing_else(text: str, escaped: str) -> None:
+    assert report.escape_markdown(text) == escaped
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing() -> None:
+    text = plain_page()
+    page = Page(text)
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "srcset", "href", "xlink:href", "action", "data", "poster", "background"):
+                assert name == "href"
+                assert value.startswith("#")
+            assert all(target.startswith("#") for target in re.findall(r"url\(\s*['\"]?([^)]*)\)", value or ""))
+    assert "http://" not in text
+    assert "https://" not in text
+    assert not re.search(r"@import|@font-face", text)
+    assert page.count("link") == page.count("iframe") == page.count("img") == 0
+
+
+def test_ids_are_unique_and_what_refers_to_an_id_finds_it() -> None:
+    page = Page(plain_page())
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    wanted = {a["href"][1:] for _, a in page.elements if "href" in a}
+    wanted |= {a["clip-path"][5:-1] for _, a in page.elements if "clip-path" in a}
+    assert len(ids) == len(set(ids))
+    assert wanted
+    assert wanted <= set(ids)
+
+
+def test_the_policy_allows_the_sorting_script_and_no_other() -> None:
+    page = Page(plain_page())
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    scripts = [data for tag, data in page.texts if tag == "script" and "aria-sort" in data]
+    assert len(scripts) == 1
+    assert page.count("script") == 2
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+
+
+def test_cells_sort_by_full_precision_and_what_is_missing_has_no_key() -> None:
+    text = to_html(a_report(a_run(perplexity=12.3456789), a_run(perplexity=math.nan)))
+    assert 'data-value="12.3456789">12.346</td>' in text
+    assert 'data-value="">n/a</td>' in text
+
+
+def test_the_best_perplexity_of_a_width_is_marked_when_there_is_a_choice() -> None:
+    marked = to_html(a_report(a_run("rtn-int4", 4, 13.0), a_run("gptq-int4", 4, 12.0), a_run("rtn-int3", 3, 20.0)))
+    assert re.findall(r'class="number best" data-value="([^"]*)"', marked) == ["12.0"]
+
+
+def test_notes_and_the_reason_for_no_size_are_told_in_both_documents() -> None:
+    made = a_report(a_run(notes=("heed this",), bytes_on_disk=None, disk_note="no packed form"))
+    for text in (to_html(made), to_markdown(made)):
+        assert "heed this" in text
+        assert "no packed form" in text
+
+
+def test_the_same_record_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    made = a_report()
+    (tmp_path / "record.json").write_text(to_json(made), encoding="utf-8")
+    code = (
+        "import sys; from pathlib import Path; from quantforge.report import from_json, to_html;"
+        "sys.stdout.buffer.write(to_html(from_json(Path(sys.argv[1]).read_text(encoding='utf-8'))).encode())"
+    )
+    (tmp_path / "matplotlibrc").write_text("axes.labelsize: 40\nxtick.direction: in\n")  # a user's taste plays no part
+    run = subprocess.run([sys.executable, "-c", code, "record.json"], cwd=tmp_path, capture_output=True, check=True)
+    assert run.stdout.decode() == to_html(made) == plain_page()
+
+
+def test_reading_a_report_needs_no_matplotlib() -> None:
+    code = "import sys, quantforge.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- the plots --------------------------------------------------------------------------------------------------------
+
+
+def texts(figure: object, name: str = "p") -> list[str]:
+    return [data for tag, data in Page(plots.svg(figure, name)).texts if tag == "text"]
+
+
+def test_both_plots_are_in_the_page_in_its_own_colours() -> None:
+    text = plain_page()
+    found = re.findall(r"<svg.*?</svg>", text, re.S)
+    assert len(found) == 2
+    for drawing in found:
+        assert not re.search(r"#[0-9a-f]{6}\b(?!\w)", re.sub(r'(id="|href="#|url\(#)[^")]*', "", drawing))
+        assert set(re.findall(r"var\((--\w+)\)", drawing)) <= set(re.findall(r"(--\w+):", text))
+        assert "font-family" not in drawing
+
+
+def test_perplexity_is_drawn_as_one_labelled_line_per_method_and_a_level_for_the_float_model() -> None:
+    figure = plots.perplexity_figure(a_report().runs)
+    lines = [line for line in figure.axes[0].lines if len(set(line.get_ydata())) > 1]
+    assert sorted(len(line.get_xdata()) for line in lines) == [3, 3]
+    assert all(list(line.get_xdata()) == sorted(line.get_xdata()) for line in lines)
+    assert {"rtn", "gptq", "float 10.000"} <= set(texts(figure))
+
+
+def test_two_groupings_of_a_method_are_two_lines_with_different_names() -> None:
+    runs = [a_run(f"rtn-int{b}-g{g}", b, 20 - b) for b in (4, 8) for g in (64, 128)]
+    assert {"rtn-int-g64", "rtn-int-g128"} <= set(texts(plots.perplexity_figure(runs)))
+
+
+@pytest.mark.parametrize(("worst", "scale"), [(11.0, "linear"), (1e6, "log")])
+def test_perplexity_is_on_a_log_scale_only_when_it_spreads(worst: float, scale: str) -> None:
+    figure = plots.perplexity_figure([a_run("rtn-int8", 8, 10.0), a_run("rtn-int2", 2, worst)])
+    assert figure.axes[0].get_yscale() == scale
+
+
+def test_loss_has_a_panel_per_kind_in_order_of_depth_and_a_line_per_run() -> None:
+    shuffled = a_run(layers=(layer("v", 2, 0.3), layer("v", 0, 0.1), layer("v", 1, 0.2), layer("o", 0, 0.5)))
+    figure = plots.loss_figure([a_run("float", None), shuffled, a_run("rtn-int4", layers=(layer("v", 0, 0.9),))])
+    assert [axes.get_title("left") for axes in figure.axes] == ["v", "o"]
+    first = figure.axes[0].lines[0]
+    assert list(first.get_xdata()) == [0, 1, 2]
+    assert list(first.get_ydata()) == [0.1, 0.2, 0.3]
+    assert {"gptq-int4-g64", "rtn-int4", "v", "o"} <= set(texts(figure))
+
+
+def test_experts_of_one_block_are_drawn_as_their_mean() -> None:
+    figure = plots.loss_figure([a_run(layers=(layer("up", 0, 0.1), layer("up", 0, 0.3), layer("up", 1, 0.5)))])
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([0.2, 0.5])
+
+
+@pytest.mark.parametrize("runs", [(), (a_run("float", None),), (a_run(perplexity=math.nan, layers=()),)])
+def test_a_plot_without_points_says_so(runs: tuple[Run, ...]) -> None:
+    assert texts(plots.perplexity_figure(runs)) == ["No perplexity of a quantized model was measured."]
+    assert texts(plots.loss_figure(runs)) == ["No loss by layer was recorded."]
+
+
+def test_names_are_drawn_letter_by_letter_not_as_formulas() -> None:
+    run = a_run("$x^2$_{4}", method="_$\\frac$", layers=(layer("$q$"),))
+    assert "_$\\frac$" in texts(plots.perplexity_figure([run]))
+    assert {"$x^2$_{4}", "$q$"} <= set(texts(plots.loss_figure([run])))
+
+
+# --- the machine and the files ----------------------------------------------------------------------------------------
+
+
+def test_the_machine_is_described_without_names_or_paths() -> None:
+    import getpass
+    import platform
+
+    found = report.machine()
+    assert found["cores"] >= 1
+    assert found["threads"] >= 1
+    assert found["processor"]
+    said = json.dumps(found)
+    assert str(Path.home()) not in said
+    assert platform.node() not in said.split('"')
+    assert getpass.getuser() not in said.split('"')
+
+
+def test_versions_name_what_is_installed_and_leave_out_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PACKAGES", ("torch", "no-such-package-at-all"))
+    assert list(report.versions()) == ["python", "torch"]
+
+
+def test_three_files_are_written_and_nothing_else(tmp_path: Path) -> None:
+    made = a_report()
+    report.write(made, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert from_json((tmp_path / "report.json").read_text(encoding="utf-8")) == made
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == to_html(made)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == to_markdown(made)

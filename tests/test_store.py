@@ -1,0 +1,300 @@
+"""The store: a folder that is published is whole or absent, and what quantforge did not write is left alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from quantforge import store
+from quantforge.errors import PlanError, QuantForgeError, ResourceError
+from quantforge.store import MARK, check_target, publish, write_text
+
+
+def fill(folder: Path, text: str) -> None:
+    (folder / MARK).write_text(text)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "weights").write_text(text * 100)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def whole(text: str) -> dict[str, str]:
+    return {MARK: text, "deep/weights": text * 100}
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    out = tmp_path / "place" / "out"
+    out.mkdir(parents=True)
+    fill(out, "old")
+    return out
+
+
+def save(out: Path, text: str = "new", overwrite: bool = False) -> None:
+    with publish(out, overwrite=overwrite) as staging:
+        fill(staging, text)
+
+
+class TroubleError(Exception):
+    """What a body raises."""
+
+
+def test_a_new_folder_appears_only_when_it_is_whole(tmp_path):
+    with publish(tmp_path / "out") as staging:
+        assert staging.parent == tmp_path
+        fill(staging, "new")
+        assert not (tmp_path / "out").exists()
+    assert contents(tmp_path / "out") == whole("new")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_old_folder_stays_until_the_new_one_is_whole(old):
+    with publish(old, overwrite=True) as staging:
+        fill(staging, "new")
+        assert contents(old) == whole("old")
+    assert contents(old) == whole("new")
+    assert os.listdir(old.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [TroubleError, KeyboardInterrupt])
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_error_in_the_body_leaves_things_as_they_were(old, error, exists):
+    def broken(out: Path) -> None:
+        with publish(out, overwrite=True) as staging:
+            fill(staging, "new")
+            raise error
+
+    with pytest.raises(error):
+        broken(old if exists else old.parent / "other")
+    assert contents(old) == whole("old")
+    assert os.listdir(old.parent) == ["out"]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Let the `call`-th use of os.`name` fail as a full disk does."""
+    real, count = getattr(os, name), [0]
+
+    def fail(*args: object, **kwargs: object) -> object:
+        count[0] += 1
+        if count[0] == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(store.os, name, fail)
+
+
+class NoExchange:
+    """A C library whose renameat2 is refused, as by file systems that cannot exchange names."""
+
+    def renameat2(self, *args: object) -> int:
+        return -1
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize(("name", "call"), [("fsync", n) for n in (1, 2, 3, 4)] + [("rename", n) for n in (1, 2)])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_disk_that_fails_at_any_step_leaves_the_old_or_the_new_and_no_staging(
+    old, monkeypatch, exists, name, call, exchange
+):
+    out = old if exists else old.parent / "other"
+    if not exchange:
+        monkeypatch.setattr(store.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
+    failing(monkeypatch, name, call)
+    failed = None
+    try:
+        save(out, overwrite=True)
+    except ResourceError as error:
+        failed = error
+    if failed is None:
+        assert name == "rename", "an fsync that failed went unnoticed"
+        assert contents(out) == whole("new")
+    else:
+        assert "No space left on device" in str(failed)
+        assert not exists or contents(out) in (whole("old"), whole("new"))
+        assert exists or not out.exists() or contents(out) == whole("new")
+    assert contents(old) in (whole("old"), whole("new"))
+    assert sorted(os.listdir(old.parent)) == sorted({"out", out.name} if out.exists() else {"out"})
+
+
+def test_where_names_cannot_be_exchanged_the_old_folder_is_still_replaced(old, monkeypatch):
+    monkeypatch.setattr(store.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
+    save(old, overwrite=True)
+    assert contents(old) == whole("new")
+    assert os.listdir(old.parent) == ["out"]
+
+
+def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(store, "_sync", lambda path: done.append(path.name))
+    real = os.rename
+    monkeypatch.setattr(store.os, "rename", lambda a, b: (done.append("rename"), real(a, b)))
+    save(tmp_path / "out")
+    before = done[: done.index("rename")]
+    assert {MARK, "weights", "deep"} <= set(before)
+    assert len(before) == 4
+    assert done[done.index("rename") + 1 :] == [tmp_path.name]
+
+
+def test_without_overwrite_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    def late() -> None:
+        with publish(tmp_path / "out") as staging:
+            fill(staging, "new")
+            (tmp_path / "out").mkdir()
+            fill(tmp_path / "out", "other")
+
+    with pytest.raises(ResourceError):
+        late()
+    assert contents(tmp_path / "out") == whole("other")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_quantforge_wrote_is_replaced_only_when_asked(old, overwrite):
+    if overwrite:
+        check_target(old, overwrite=True)
+        return
+    with pytest.raises(PlanError, match=r"--overwrite") as caught:
+        check_target(old, overwrite=False)
+    assert str(old) in str(caught.value)
+
+
+def test_an_empty_folder_may_be_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    check_target(tmp_path / "out", overwrite=True)
+    save(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == whole("new")
+
+
+@pytest.mark.parametrize("kind", ["foreign folder", "file", "link to a folder of ours", "link to nothing"])
+def test_what_quantforge_did_not_write_is_never_replaced(tmp_path, old, kind):
+    out = tmp_path / "target"
+    if kind == "foreign folder":
+        out.mkdir()
+        (out / "thesis.tex").write_text("years")
+    elif kind == "file":
+        out.write_text("years")
+    else:
+        out.symlink_to(old if "ours" in kind else tmp_path / "nothing")
+    for overwrite in (True, False):
+        with pytest.raises(PlanError) as caught:
+            check_target(out, overwrite=overwrite)
+        assert caught.value.number == (262 if not overwrite else 264 if kind == "foreign folder" else 263)
+    assert os.path.lexists(out)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize(
+    "where", ["model", "model/", "model/sub", "model/sub/deep", ".", "..", "link", "link/sub", "x/../model"]
+)
+def test_an_output_that_is_holds_or_lies_in_the_model_is_refused(tmp_path, monkeypatch, where, overwrite):
+    place = tmp_path / "place"
+    model = place / "model"
+    model.mkdir(parents=True)
+    fill(model, "weights")
+    (place / "link").symlink_to(model)
+    monkeypatch.chdir(place)
+    before = contents(tmp_path)
+    for source in (Path("model"), model, Path("link")):
+        with pytest.raises(PlanError) as caught:
+            check_target(Path(where), overwrite=overwrite, inputs=(source,))
+        assert caught.value.number == (261 if where in (".", "..") else 260)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_beside_the_model_whose_name_begins_alike_is_fine(tmp_path):
+    (tmp_path / "model").mkdir()
+    check_target(tmp_path / "model-gptq", overwrite=False, inputs=(tmp_path / "model",))
+    check_target(tmp_path / "new" / "parents" / "out", overwrite=False, inputs=(tmp_path / "model",))
+    save(tmp_path / "new" / "parents" / "out")
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "sub" / "out", Path("/proc/quantforge/out")):
+        with pytest.raises(ResourceError) as caught:
+            check_target(out, overwrite=False)
+        assert str(out.parent) in str(caught.value)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(store.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ResourceError, match=r"cannot be written to: Permission denied"):
+        check_target(tmp_path / "out", overwrite=False)
+
+
+NAMES = ["a b", "模型 ü", "-rf", "--out", "*", "$HOME", "'\"", "a\nb", "n" * 200, "ü" * 100, ".hidden"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_names_work(tmp_path, name):
+    for _ in range(2):
+        check_target(tmp_path / name, overwrite=True)
+        save(tmp_path / name, overwrite=True)
+    write_text(tmp_path / f"{name}.md", "text")
+    assert sorted(os.listdir(tmp_path)) == sorted([name, f"{name}.md"])
+    assert contents(tmp_path / name) == whole("new")
+
+
+@pytest.mark.parametrize("length", [240, 250, 255, 256, 1000])
+def test_a_name_that_is_too_long_works_or_is_refused_in_a_line_before_any_work(tmp_path, length):
+    out = tmp_path / ("n" * length)
+    refused = None
+    try:
+        check_target(out, overwrite=False)
+    except QuantForgeError as error:
+        refused = str(error)
+    if refused is None:
+        save(out)
+        assert contents(out) == whole("new")
+    else:
+        assert "\n" not in refused
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_text_that_is_too_long_named_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(ResourceError, match=r"could not be written"):
+        write_text(tmp_path / ("n" * 300), "text")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_text_gets_the_mode_that_the_umask_gives_and_stands_as_it_is_given(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "new" / "deep" / "a.md", "ü\n\r\nend")
+        write_text(tmp_path / "new" / "deep" / "a.md", "ü\n\r\nnew")
+    finally:
+        os.umask(before)
+    file = tmp_path / "new" / "deep" / "a.md"
+    assert file.read_bytes() == "ü\n\r\nnew".encode()
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert os.listdir(file.parent) == ["a.md"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, step):
+    write_text(tmp_path / "a.md", "old")
+    failing(monkeypatch, step, 1)
+    with pytest.raises(ResourceError, match=r"a\.md could not be written: No space left on device"):
+        write_text(tmp_path / "a.md", "new")
+    assert (tmp_path / "a.md").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.md"]
+
+
+def test_a_text_where_no_folder_can_be_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"file/a\.md could not be written"):
+        write_text(tmp_path / "file" / "a.md", "text")
+
+
+def test_the_result_can_be_moved_and_removed_by_its_owner(tmp_path):
+    save(tmp_path / "out")
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert os.listdir(tmp_path) == []
