@@ -31,7 +31,7 @@ PALETTE = {
 }  # fmt: skip
 PAPER, INK, SOFT, RULE, GRID, *COLORS = PALETTE
 MARKERS = "osD^vPX"  # seven, against six colours: a pair of both repeats only after 42 methods
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (1.2, 1.4), (6, 1.5, 1.2, 1.5))
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (1.2, 1.4), (6, 1.5, 1.2, 1.5), (9, 2), (2.5, 2.5))
 WIDTH = 9.6  # inches; 72 units of the drawing each
 MOST_RUNS, MOST_KINDS = 24, 12  # more cannot be told apart
 
@@ -192,16 +192,20 @@ def _depths(run: Run) -> dict[str, list[Point]]:
     return {kind: [(x, fmean(ys)) for x, ys in sorted(blocks.items())] for kind, blocks in found.items()}
 
 
-def _by_width(runs: Sequence[Run]) -> dict[int | None, tuple[float, ...]]:
-    """Give each width a dash pattern, the widest a solid line."""
-    widths = sorted({run.bits for run in runs if run.bits is not None}, reverse=True)
-    return {bits: DASHES[i % len(DASHES)] for i, bits in enumerate(widths)}
+def _by_width(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
+    """Give each number of bits per weight, as `_width` writes it, a dash pattern; the widest gets a solid line."""
+    widths = dict.fromkeys(map(_width, sorted(runs, key=lambda run: -run.bits_per_weight)))
+    return {width: DASHES[i % len(DASHES)] for i, width in enumerate(widths)}
 
 
-def _line(run: Run, colors: dict[str, tuple[str, str]], dashes: dict[int | None, tuple[float, ...]]) -> dict[str, Any]:
-    """Return how the line of `run` looks: colour and marker say the method, dashes the width."""
+def _width(run: Run) -> str:
+    return f"{run.bits_per_weight:.3f}"  # the group size shows too, which `bits` does not tell
+
+
+def _line(run: Run, colors: dict[str, tuple[str, str]], dashes: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+    """Return how the line of `run` looks: colour and marker say the method, dashes the bits per weight."""
     color, marker = colors.get(run.method, (SOFT, "o"))
-    pattern = dashes.get(run.bits, ())
+    pattern = dashes[_width(run)]
     sparse = max(map(len, _depths(run).values())) <= 16  # on more blocks markers hide the lines
     return {
         "color": color, "marker": marker if sparse else "", "markersize": 4, "markeredgecolor": PAPER,

@@ -72,7 +72,9 @@ def test_a_layer_that_lacks_a_part_is_named(folder, part):
 def test_a_missing_tensor_is_refused(folder, name):
     change_tensors(folder, lambda t: t.pop(name))
     message = refused(folder)
-    assert name.removesuffix("_packed") in message or (name == "model.embed_tokens.weight" and "lm_head.weight" in message)
+    assert name.removesuffix("_packed") in message or (
+        name == "model.embed_tokens.weight" and "lm_head.weight" in message
+    )
 
 
 def test_a_tensor_that_does_not_belong_is_named(folder):

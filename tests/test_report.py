@@ -446,6 +446,13 @@ def test_loss_has_a_panel_per_kind_in_order_of_depth_and_a_line_per_run() -> Non
     assert {"gptq-int4-g64", "rtn-int4", "v", "o"} <= set(texts(figure))
 
 
+def test_runs_that_differ_in_group_size_alone_are_told_apart_in_the_loss() -> None:
+    runs = [a_run("rtn-int4-g64", bits_per_weight=4.5), a_run("rtn-int4-g128", bits_per_weight=4.25)]
+    lines = plots.loss_figure(runs).axes[0].lines
+    assert lines[0].get_color() == lines[1].get_color()
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+
+
 def test_experts_of_one_block_are_drawn_as_their_mean() -> None:
     figure = plots.loss_figure([a_run(layers=(layer("up", 0, 0.1), layer("up", 0, 0.3), layer("up", 1, 0.5)))])
     assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([0.2, 0.5])
