@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantforge.api import evaluate, load, quantize
-    from quantforge.compare import compare
+    from quantforge.comparison import compare
 
 __all__ = ["__version__", "compare", "evaluate", "load", "quantize"]
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "compare":
-        from quantforge.compare import compare
+        from quantforge.comparison import compare
 
         return compare
     raise AttributeError(f"module 'quantforge' has no attribute {name!r}")

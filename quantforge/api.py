@@ -6,7 +6,7 @@ import functools
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from quantforge import checkpoint, pipeline, recipe
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
-from quantforge.errors import DataError, PlanError
-from quantforge.evaluate import perplexity
+from quantforge.errors import DataError, PlanError, clean
+from quantforge.evaluation import perplexity
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.memory import PeakMemory
+from quantforge.models import check
 from quantforge.models import load as loading
 from quantforge.plan import Plan
 from quantforge.progress import bar
@@ -69,15 +70,17 @@ def quantize(
         exporter = None if target is None else CompressedTensors()
         plan = planning.make(model, chosen, next(model.parameters()).dtype, exporter)
         if chosen.solver.needs:
-            ids, provenance = draw(tokenizer=tokenizer, seq_len=seq_len, count=samples)
+            ids, provenance = draw(tokenizer=tokenizer, config=model.config, seq_len=seq_len, count=samples)
         name, built = type(model).__name__, model
     else:
         source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
-        plan = planning.with_notes(prepare(source, chosen, target, overwrite=overwrite), source.notes)
+        plan = planning.with_notes(
+            prepare(source, chosen, target, overwrite=overwrite, export=target is not None), source.notes
+        )
         tokenizer = tokenizer or loading.tokenizer(source)
         if chosen.solver.needs:
             check_length(source.config, seq_len)
-            ids, provenance = draw(tokenizer=tokenizer, seq_len=seq_len, count=samples)
+            ids, provenance = draw(tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=samples)
         name, built = source.name, loading.model(source, device)
     result = run(built, plan, ids, tokenizer=tokenizer, source=name, calibration=provenance)
     if target is not None:
@@ -85,11 +88,16 @@ def quantize(
     return result
 
 
-def prepare(source: loading.Source, chosen: recipe.Recipe, out: Path | None, *, overwrite: bool = False) -> Plan:
-    """Check the output folder and lay the recipe over the model's skeleton; no weight is read."""
+def prepare(
+    source: loading.Source, chosen: recipe.Recipe, out: Path | None, *, overwrite: bool = False, export: bool = True
+) -> Plan:
+    """Check the output folder, if there is one, and lay the recipe over the model's skeleton; no weight is read.
+
+    export  whether the checkpoint's format must be able to hold the result
+    """
     if out is not None:
         check_target(out, overwrite=overwrite, inputs=(source.path,))
-    return planning.make(source.skeleton(), chosen, source.dtype, CompressedTensors() if out is not None else None)
+    return planning.make(source.skeleton(), chosen, source.dtype, CompressedTensors() if export else None)
 
 
 def run(
@@ -108,30 +116,33 @@ def run(
 
 def token_ids(
     text: str | Tensor,
-    part: str,
+    part: Literal["calibration", "evaluation"],
+    *,
     tokenizer: Any,
+    config: Any,
     seq_len: int,
     count: int | None,
-    *,
     shuffle: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return token ids [count, seq_len] and where they came from; `text` may be the ids themselves."""
+    """Return token ids [count, seq_len] that the model of `config` can read, and where they came from.
+
+    text  a set's name, a file, or the ids themselves
+    Raises DataError for what is no text or no ids, ModelError for ids beyond the embedding.
+    """
     if isinstance(text, Tensor):
-        if text.dim() != 2 or text.dtype != torch.int64:
-            raise DataError(421, f"token ids must be int64 [windows, seq_len], not {text.dtype} {tuple(text.shape)}.")
-        return text, {"name": "token ids", "seq_len": text.shape[1], "count": text.shape[0]}
-    if tokenizer is None:
-        raise DataError(422, f"text {text!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
-    found = corpus.windows(
-        corpus.load_text(text, part),  # type: ignore[arg-type]
-        tokenizer,
-        seq_len,
-        count,
-        shuffle=shuffle,
-        seed=seed,
-    )
-    return found.ids, found.provenance
+        if text.dim() != 2 or text.dtype != torch.int64 or not text.numel() or int(text.min()) < 0:
+            raise DataError(
+                441, f"token ids must be int64 [windows, seq_len], at least 0, not {text.dtype} {tuple(text.shape)}."
+            )
+        ids, provenance = text, {"name": "token ids", "seq_len": text.shape[1], "count": text.shape[0]}
+    elif tokenizer is None:
+        raise DataError(442, f"text {text!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
+    else:
+        found = corpus.windows(corpus.load_text(text, part), tokenizer, seq_len, count, shuffle=shuffle, seed=seed)
+        ids, provenance = found.ids, found.provenance
+    check.check_ids(ids, tokenizer, config)
+    return ids, provenance
 
 
 def check_length(config: Any, seq_len: int) -> None:
@@ -181,15 +192,17 @@ def evaluate(
     if isinstance(model, nn.Module):
         name, built = type(model).__name__, model
     elif model is not None and checkpoint.is_quantized(Path(model)):
-        name, built = Path(model).name, checkpoint.read(Path(model), torch.float32).to(device)
+        name, built = clean(Path(model).name), checkpoint.read(Path(model), torch.float32).to(device)
         tokenizer = tokenizer or loading.read_tokenizer(Path(model))
         check_length(built.config, seq_len)
     else:
         source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
         check_length(source.config, seq_len)
+        source.skeleton()
         tokenizer = tokenizer or loading.tokenizer(source)
         name, built = source.name, None
-    ids, provenance = token_ids(data, "evaluation", tokenizer, seq_len, windows)
+    config = source.config if built is None else built.config
+    ids, provenance = token_ids(data, "evaluation", tokenizer=tokenizer, config=config, seq_len=seq_len, count=windows)
     built = loading.model(source, device) if built is None else built
     with bar("perplexity", len(ids)) as step:
         score = perplexity.evaluate(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))

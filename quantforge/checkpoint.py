@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantforge.errors import ModelError
+from quantforge.errors import ModelError, clean
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.models import check, load
 from quantforge.store import MARK
@@ -18,7 +19,7 @@ from quantforge.store import MARK
 
 def is_quantized(folder: Path) -> bool:
     """Tell whether `folder` is a checkpoint that `save` has written."""
-    return (folder / MARK).is_file()
+    return os.path.isfile(folder / MARK)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -36,20 +37,28 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Return what each layer of a checkpoint became, as lines of text with the totals."""
+    """Return what each layer of a checkpoint became, as lines of text with the totals; ModelError if it was changed."""
+    try:
+        return _table(record)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(355, f"{MARK} lacks what it should say of the layers ({error!r}); it was changed.") from error
+
+
+def _table(record: dict[str, Any]) -> str:
     rows = record["layers"]
-    width = max((len(row["name"]) for row in rows), default=5)
+    names = [clean(row["name"]) for row in rows]
+    width = max(map(len, names), default=5)
     lines = [f"{'layer':{width}}  {'out x in':>13}  {'format':22}  bits/weight  loss (share of output)"]
-    for row in rows:
+    for name, row in zip(names, rows, strict=True):
         shape = f"{row['shape'][0]}x{row['shape'][1]}"
         loss = f"{row['loss']:.4g} ({row['relative_loss']:.3%})"
-        lines.append(f"{row['name']:{width}}  {shape:>13}  {row['format']:22}  {row['bits_per_weight']:11.3f}  {loss}")
+        lines.append(f"{name:{width}}  {shape:>13}  {clean(row['format']):22}  {row['bits_per_weight']:11.3f}  {loss}")
     lines.append(
-        f"{record['source']} by {record['method']}: {len(rows)} layers at "
+        f"{clean(record['source'])} by {clean(record['method'])}: {len(rows)} layers at "
         f"{record['bits_per_weight']:.3f} bits per weight, "
         f"{record['bytes_before'] / 1e6:.1f} MB -> {record['bytes_after'] / 1e6:.1f} MB"
     )
-    return "\n".join([*lines, *(f"note: {note}" for note in record["notes"])])
+    return "\n".join([*lines, *(f"note: {clean(note)}" for note in record["notes"])])
 
 
 def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -75,9 +84,14 @@ def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(settings))
         model, info = kind.from_pretrained(
-            None, config=settings, state_dict=tensors, dtype=dtype, output_loading_info=True
+            None,
+            config=settings,
+            state_dict=tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
         )
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise ModelError(
             354, f"{folder} does not hold the model of its config.json: {len(wrong)} tensors do not fit ({wrong[0]})."

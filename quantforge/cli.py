@@ -125,7 +125,7 @@ def quantize(
             method, bits=bits, group_size=group_size, symmetric=symmetric, settings=_settings(settings)
         )
         source = load.find(model, trust_remote_code=trust_remote_code)
-        plan = api.prepare(source, chosen, out or Path(f"{source.name}-{method}"), overwrite=overwrite)
+        plan = api.prepare(source, chosen, out, overwrite=overwrite)
         click.echo(json.dumps(plan.record()) if as_json else plan.table())
         return
     if out is None:
@@ -221,7 +221,7 @@ def compare(
     if not all(w.isdigit() for w in widths):
         raise RecipeError(211, f"--bits {bits!r} is not a list of whole numbers, such as 4,3.")
     import quantforge
-    from quantforge import report
+    from quantforge import record, report
 
     found = quantforge.compare(
         model,
@@ -243,7 +243,7 @@ def compare(
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
     )
-    click.echo(report.to_json(found) if as_json else f"{report.table(found)}\n{out / 'report.html'}")
+    click.echo(record.to_json(found) if as_json else f"{report.table(found)}\n{out / 'report.html'}")
 
 
 @main.command()

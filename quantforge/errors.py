@@ -5,6 +5,7 @@ Every error carries a code `QF-nnn`; its class decides the exit status of the co
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -22,9 +23,8 @@ class QuantForgeError(Exception):
         self.number = number
 
     def __str__(self) -> str:
-        """Return the message on one line; what could steer a terminal is spelled out."""
-        text = " ".join(super().__str__().split())
-        return f"error[QF-{self.number}]: " + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+        """Return the message on one line, with its code."""
+        return f"error[QF-{self.number}]: {clean(super().__str__())}"
 
 
 class RecipeError(QuantForgeError):
@@ -71,3 +71,14 @@ def pick(what: str, name: str, known: Iterable[str]) -> str:
     raise RecipeError(
         201, f"no {what} is called {name!r}: {nearest(name, known)}There are: {', '.join(known) or 'none'}."
     )
+
+
+def clean(text: str) -> str:
+    """Spell out what would steer a terminal, a browser or the direction of text; white space becomes one space."""
+    text = " ".join(text.split())
+    return "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else _spelled(c) for c in text)
+
+
+def _spelled(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

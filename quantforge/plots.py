@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
-    from quantforge.report import Run
+    from quantforge.record import Run
 
 PALETTE = {
     "#fcfbf9": "--paper", "#22252b": "--ink", "#656a73": "--soft", "#dedad2": "--rule", "#e9e6df": "--grid",

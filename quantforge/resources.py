@@ -26,7 +26,7 @@ def data_dir(kind: str) -> Path:
     for folder in (package / "data" / kind, package.parent / kind):
         if folder.is_dir():
             return folder
-    raise ResourceError(510, f"the folder {kind!r} of quantforge's own files is missing: install quantforge again.")
+    raise ResourceError(520, f"the folder {kind!r} of quantforge's own files is missing: install quantforge again.")
 
 
 def definitions(kind: str) -> dict[str, Path]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quantforge.errors import clean
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.models.load import quiet
 from quantforge.pipeline import Layer
@@ -99,7 +100,8 @@ class Result:
             f"{plan.bytes_before / 1e6:.1f} MB -> {plan.bytes_after / 1e6:.1f} MB in {self.seconds:.1f} s{memory}",
             "most lost: " + ", ".join(f"{layer.name} {layer.relative_loss:.2%}" for layer in worst),
         ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.fallbacks()), *(f"note: {n}" for n in plan.notes)])
+        notes = [f"note: {clean(note)}" for note in (*self.fallbacks(), *plan.notes)]
+        return "\n".join([*lines, *notes])
 
     def fallbacks(self) -> list[str]:
         """Name the layers that could not be solved as asked: more damping, a diagonal Hessian, no tokens."""
@@ -138,6 +140,7 @@ def _write(result: Result, exporter: CompressedTensors, staging: Path) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = copy.deepcopy(model.config)
     config.dtype = dtype
+    config.architectures = [type(model).__name__]
     config.quantization_config = exporter.config(result.plan, linears)
     with quiet():
         before = model.config.dtype

@@ -34,6 +34,9 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             raise PlanError(
                 261, f"--out {out} contains the input {source}, which would be lost; choose another folder."
             )
+    longest = os.pathconf("/", "PC_NAME_MAX")
+    if len(os.fsencode(out.name)) > longest:
+        raise PlanError(265, f"the last part of --out is longer than the {longest} bytes that a file name may have.")
     if os.path.lexists(out):
         if not overwrite:
             raise PlanError(262, f"--out {out} exists; choose another folder, or give --overwrite to replace it.")
@@ -43,12 +46,18 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             )
         if any(out.iterdir()) and not (out / MARK).is_file():
             raise PlanError(264, f"--out {out} was not written by quantforge (no {MARK} in it); it is left alone.")
+    check_writable(out.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ResourceError unless a file can be written in `folder`, or in the nearest parent that exists."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent) as probe:
+        with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"probe")
     except OSError as error:
-        raise ResourceError(510, f"{out.parent} cannot be written to: {error.strerror}.") from error
+        raise ResourceError(510, f"{folder} cannot be written to: {error.strerror}.") from error
 
 
 @contextlib.contextmanager
@@ -58,7 +67,12 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     If the body raises, the staging folder is removed and `out` is as it was. Files get the mode that the user's umask
     gives to new files. ResourceError if the disk is full or fails.
     """
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # not named after `out`, whose name may already be as long as the file system allows
+        staging = Path(tempfile.mkdtemp(prefix=".quantforge.", suffix=".tmp", dir=out.parent))
+    except OSError as error:
+        raise ResourceError(511, f"{out} could not be written: {error.strerror or error}.") from error
     try:
         yield staging
         _settle(staging)
@@ -118,7 +132,11 @@ def _exchange(staging: Path, out: Path) -> None:
     if not renamed:
         aside = staging.with_suffix(".old")
         os.rename(out, aside)
-        os.rename(staging, out)
+        try:
+            os.rename(staging, out)
+        except OSError:
+            os.rename(aside, out)
+            raise
         shutil.rmtree(aside)
     _sync(out.parent)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quantforge
 from quantforge import api
-from quantforge.evaluate.perplexity import evaluate
+from quantforge.evaluation.perplexity import evaluate
 from quantforge.models import tiny
 from quantforge.models.load import read_tokenizer
 
@@ -120,7 +120,14 @@ def test_the_installed_command_quantizes_and_evaluates_a_folder(target, model, t
     assert record["calibration"]["count"] == 8
     assert {row["tokens"] for row in record["layers"]} == {256}
     scored = run(*command, "evaluate", "out", "--data", text, "--seq-len", "32", "--json", cwd=tmp_path, **where)
-    ids, _ = api.token_ids(text, "evaluation", read_tokenizer(model), 32, None)
+    ids, _ = api.token_ids(
+        text,
+        "evaluation",
+        tokenizer=read_tokenizer(model),
+        config=AutoConfig.from_pretrained(model),
+        seq_len=32,
+        count=None,
+    )
     float_model = evaluate(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), ids).perplexity
     assert json.loads(scored)["perplexity"] == pytest.approx(float_model, rel=0.2)
     assert json.loads(scored)["perplexity"] != float_model

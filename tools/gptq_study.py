@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantforge.calibrate import corpus
 from quantforge.calibrate.stats import Hessian
-from quantforge.evaluate import perplexity
+from quantforge.evaluation import perplexity
 from quantforge.models import arch, load
 from quantforge.models.walk import walk
 from quantforge.numerics import ranges
@@ -44,7 +44,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--range", choices=["minmax", "mse", "diagonal", "conditional"], default="conditional")
     parser.add_argument("--fresh", choices=["no", "fit", "search"], default="no", help="ranges from updated columns")
     parser.add_argument("--token-weight", type=float, default=0.0, help="o and down: weigh tokens by 1 / |h|^this")
-    parser.add_argument("--asymmetric", type=float, default=0.0, help="share of the earlier layers' error to make up for")
+    parser.add_argument(
+        "--asymmetric", type=float, default=0.0, help="share of the earlier layers' error to make up for"
+    )
     return parser.parse_args()
 
 
@@ -104,9 +106,7 @@ def solve(weight: Tensor, target: Tensor, h: Tensor, fmt: Format, o: argparse.Na
     solved = torch.empty_like(weight)
     solved[:, order] = wt.T
     shape = (weight.shape[0], size)
-    plain = ranges.round_to(
-        weight, spread(fitted.scale, shape, fmt.block), spread(fitted.zero, shape, fmt.block), fmt
-    )
+    plain = ranges.round_to(weight, spread(fitted.scale, shape, fmt.block), spread(fitted.zero, shape, fmt.block), fmt)
     losses = [((e @ h) * e).sum(1) for e in (weight - solved, weight - plain)]
     return solved if o.asymmetric else torch.where((losses[0] <= losses[1])[:, None], solved, plain)
 

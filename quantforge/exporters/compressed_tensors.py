@@ -19,7 +19,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from torch import Tensor
 
 from quantforge.errors import ModelError
-from quantforge.numerics.formats import Format
+from quantforge.numerics.blocks import counts
+from quantforge.numerics.formats import SCALE_DTYPES, Format
 from quantforge.numerics.grids import IntGrid, int_grid
 from quantforge.numerics.qtensor import QTensor
 from quantforge.plan import Plan
@@ -104,41 +105,61 @@ class CompressedTensors:
         if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
             found = f"{config.get('quant_method')} / {config.get('format')}"
             raise ModelError(
-                340, f"the checkpoint is in {found}; quantforge reads compressed-tensors / pack-quantized."
+                370, f"the checkpoint is in {found}; quantforge reads compressed-tensors / pack-quantized."
             )
-        groups = config.get("config_groups", {})
-        if len(groups) != 1:
-            raise ModelError(341, f"the checkpoint has {len(groups)} config groups; quantforge reads one.")
-        args = next(iter(groups.values()))["weights"]
+        fmt = _read_scheme(config.get("config_groups"))
         layers = {}
         for key in tensors:
             name, _, part = key.rpartition(".")
             if part == "weight_packed":
-                layers[name] = _unpack(name, args, {p: tensors.get(f"{name}.{p}") for p in _PARTS})
+                layers[name] = _unpack(name, fmt, {p: tensors.get(f"{name}.{p}") for p in _PARTS})
         return layers
 
 
-def _unpack(name: str, args: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -> QTensor:
-    bits, symmetric = int(args["num_bits"]), bool(args["symmetric"])
+def _read_scheme(groups: object) -> Format:
+    """Return the format that the config groups describe; the dtype of scales is known from the tensors only."""
+    if not isinstance(groups, dict) or len(groups) != 1:
+        count = len(groups) if isinstance(groups, dict) else "no"
+        raise ModelError(371, f"the checkpoint has {count} config groups; quantforge reads one.")
+    group = next(iter(groups.values()))
+    args = group.get("weights") if isinstance(group, dict) else None
+    args = args if isinstance(args, dict) else {}
+    bits, symmetric, size = args.get("num_bits"), args.get("symmetric"), args.get("group_size")
+    known = type(bits) is int and 2 <= bits <= 8 and type(symmetric) is bool and args.get("type") == "int"
+    by_group = args.get("strategy") == "group" and type(size) is int and size > 0
+    if not known or not (by_group or args.get("strategy") == "channel") or args.get("actorder"):
+        raise ModelError(374, f"weights stored as {args} cannot be read; int2 to int8 by group or channel can.")
+    assert isinstance(bits, int)
+    assert isinstance(symmetric, bool)
+    return Format(int_grid(bits), (1, size if by_group else None), symmetric)
+
+
+def _unpack(name: str, fmt: Format, parts: Mapping[str, Tensor | None]) -> QTensor:
+    bits, symmetric = fmt.grid.bits, fmt.symmetric
     needed = _PARTS[: 3 if symmetric else 4]
     missing = [p for p in needed if parts[p] is None]
     if missing:
-        raise ModelError(342, f"{name} lacks {', '.join(missing)}; the checkpoint is incomplete.")
-    packed, scale, shape_tensor = (parts[p] for p in _PARTS[:3])
+        raise ModelError(372, f"{name} lacks {', '.join(missing)}; the checkpoint is incomplete.")
+    packed, scale, shape_tensor, zero_packed = (parts[p] for p in _PARTS)
     assert packed is not None
     assert scale is not None
     assert shape_tensor is not None
-    shape = tuple(int(n) for n in shape_tensor)
-    group = args.get("group_size") if args.get("strategy") == "group" else None
-    groups = -(-shape[1] // group) if group else 1
-    if packed.shape != (shape[0], -(-shape[1] // (32 // bits))) or scale.shape != (shape[0], groups):
-        raise ModelError(
-            343, f"{name}: packed {tuple(packed.shape)} and scales {tuple(scale.shape)} do not fit a weight of {shape}."
-        )
+    shape = tuple(shape_tensor.flatten().tolist()) if not shape_tensor.is_floating_point() else ()
+    if len(shape) != 2 or min(shape) < 1 or shape_tensor.dim() != 1:
+        raise ModelError(375, f"{name}.weight_shape is {shape_tensor.tolist()}, not the two sizes of a weight.")
+    per_int = 32 // bits
+    down, across = counts(shape, fmt.block)
+    wanted = {"packed": (shape[0], -(-shape[1] // per_int)), "scale": (down, across)}
+    found = {"packed": tuple(packed.shape), "scale": tuple(scale.shape)}
+    fits = packed.dtype == torch.int32 and scale.dtype in SCALE_DTYPES.values()
+    if not symmetric and zero_packed is not None:
+        wanted["zero_point"], found["zero_point"] = (-(-down // per_int), across), tuple(zero_packed.shape)
+        fits = fits and zero_packed.dtype == torch.int32
+    if found != wanted or not fits:
+        raise ModelError(373, f"{name}: {found} do not fit a weight of {shape} in {fmt}, which has {wanted}.")
     half = 1 << (bits - 1)
     signed = unpack_from_int32(packed, bits, torch.Size(shape))
     zero = None
-    if not symmetric and (z := parts["weight_zero_point"]) is not None:
-        zero = unpack_from_int32(z, bits, torch.Size((shape[0], groups)), packed_dim=0).contiguous()
-    fmt = Format(int_grid(bits), (1, group), symmetric, scale.dtype)
-    return QTensor(fmt, (signed.to(torch.int16) + half).to(torch.uint8), scale, zero)
+    if not symmetric and zero_packed is not None:
+        zero = unpack_from_int32(zero_packed, bits, torch.Size((down, across)), packed_dim=0).contiguous()
+    return QTensor(fmt.with_scale(scale.dtype), (signed.to(torch.int16) + half).to(torch.uint8), scale, zero)

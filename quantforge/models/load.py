@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from quantforge.errors import ModelError, ResourceError
+from quantforge.errors import ModelError, ResourceError, clean
 from quantforge.models import check, demo
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# float64 checkpoints are computed and saved in float32: no format stores wider scales
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,13 @@ def find(model: str | None, *, trust_remote_code: bool = False) -> Source:
         config.dtype = torch.bfloat16
         return Source(demo.NAME, file.parent, config, torch.bfloat16, file.name, (demo.NOTE,))
     path = Path(model)
-    if not path.exists():
+    local = os.path.exists(path)  # False, not an error, for a name that no file could have
+    if not local:
         path = _download(model)
     folder = check.read_folder(path, trust_remote_code=trust_remote_code)
     notes = (f"keys of config.json were ignored: {', '.join(folder.stripped)}",) if folder.stripped else ()
     return Source(
-        path.name if Path(model).exists() else model,
+        clean(path.resolve().name if local else model),
         path,
         make_config(path, folder.config, trust_remote_code=trust_remote_code),
         DTYPES[folder.dtype],
@@ -91,7 +94,7 @@ def make_config(folder: Path, settings: dict[str, Any], *, trust_remote_code: bo
             return AutoConfig.from_pretrained(folder, trust_remote_code=True)
         return AutoConfig.for_model(kind, **settings)
     except Exception as error:  # a hostile config can make transformers raise anything
-        raise ModelError(321, f"{folder / 'config.json'}: {kind} does not accept it: {error}") from error
+        raise ModelError(361, f"{folder / 'config.json'}: {kind} does not accept it: {error}") from error
 
 
 def _download(name: str) -> Path:
@@ -101,7 +104,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=allowed, local_files_only=constants.HF_HUB_OFFLINE))
     except Exception as error:
         raise ModelError(
-            322,
+            362,
             f"{name!r} is no folder here and could not be fetched from the hub ({type(error).__name__}); "
             "give a local folder, or leave MODEL out for the demo model.",
         ) from error
@@ -121,7 +124,7 @@ def read_tokenizer(folder: Path, **where: Any) -> Any:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
     except Exception as error:
-        raise ModelError(323, f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+        raise ModelError(363, f"{folder}: its tokenizer cannot be loaded ({error}).") from error
 
 
 def model(source: Source, device: str = "cpu") -> nn.Module:

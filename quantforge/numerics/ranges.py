@@ -15,7 +15,6 @@ from torch import Tensor
 from quantforge.numerics.blocks import spread, tiles
 from quantforge.numerics.formats import Format
 
-
 _CHUNK = 1 << 17  # elements searched at once
 
 

@@ -34,7 +34,9 @@ def gemm_rate() -> float:
 def demo():
     source = load.find(None)
     tokenizer = load.tokenizer(source)
-    ids, _ = api.token_ids("python-docs", "calibration", tokenizer, 512, 64)
+    ids, _ = api.token_ids(
+        "python-docs", "calibration", tokenizer=tokenizer, config=source.config, seq_len=512, count=64
+    )
     return source, ids
 
 

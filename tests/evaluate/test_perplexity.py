@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantforge import api
 from quantforge.errors import DataError, QuantForgeError
-from quantforge.evaluate.perplexity import Score, evaluate, make_reference
+from quantforge.evaluation.perplexity import Score, evaluate, make_reference
 from quantforge.models import tiny
 
 

@@ -287,9 +287,7 @@ def spoilt(name, h):
     act_order=st.booleans(),
 )
 @settings(max_examples=25)
-def test_any_hessian_gives_a_usable_result_and_a_note(
-    problem, name, fmt, out, width, seed, damp, damping, act_order
-):
+def test_any_hessian_gives_a_usable_result_and_a_note(problem, name, fmt, out, width, seed, damp, damping, act_order):
     p = problem(fmt, out, width, seed)
     h = spoilt(name, p.hessian)
     before = h.clone()

@@ -32,9 +32,7 @@ def run(p, damp=0.01, block_size=128, order=None, clamp=True):
     factor = inverse_factor(p.hessian, damp, order)
     order = torch.arange(p.weight.shape[1]) if order is None else order
     rounded, _ = rounder(p, clamp)
-    swept = sweep(
-        p.weight.T[order].clone(), factor.u, lambda j, c: rounded(int(order[j]), c).to(c.dtype), block_size
-    )
+    swept = sweep(p.weight.T[order].clone(), factor.u, lambda j, c: rounded(int(order[j]), c).to(c.dtype), block_size)
     out = torch.empty_like(swept)
     out[order] = swept
     return out.T, factor

@@ -89,7 +89,7 @@ def test_a_name_that_is_no_folder_and_cannot_be_fetched_is_named(monkeypatch, tm
 def test_a_folder_without_a_tokenizer_says_so(saved):
     with pytest.raises(ModelError) as caught:
         load.tokenizer(load.find(str(saved)))
-    assert caught.value.number == 323
+    assert caught.value.number == 363
     assert str(saved) in str(caught.value)
 
 

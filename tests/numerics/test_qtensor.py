@@ -121,7 +121,9 @@ def test_a_range_of_another_shape_is_refused():
 
 def test_eight_bit_asymmetric_spans_the_whole_of_int8():
     fmt = parse("int8-channel-asym")
-    q = quantize(torch.tensor([[0.0, 255.0], [-255.0, 0.0]]), minmax(torch.tensor([[0.0, 255.0], [-255.0, 0.0]]), fmt), fmt)
+    q = quantize(
+        torch.tensor([[0.0, 255.0], [-255.0, 0.0]]), minmax(torch.tensor([[0.0, 255.0], [-255.0, 0.0]]), fmt), fmt
+    )
     assert isinstance(q, QTensor)
     assert q.zero is not None
     assert q.zero.flatten().tolist() == [-128, 127]

@@ -218,6 +218,16 @@ def test_rows_and_groups_do_not_see_each_other(name, bits, symmetric, seed):
     assert torch.equal(torch.cat([p.zero for p in parts], 1), r.zero)
 
 
+@pytest.mark.parametrize("fmt", ["int4-g32-asym", "int3-channel-sym"])
+def test_a_large_matrix_is_searched_as_its_rows_are(fmt):
+    fmt = parse(fmt)
+    w, importance = matrix("normal", 700, 256), torch.rand(700, 256, generator=torch.Generator().manual_seed(1))
+    parts = [mse(a, fmt, b) for a, b in zip(w.split(90), importance.split(90), strict=True)]
+    whole = mse(w, fmt, importance)
+    assert torch.equal(whole.scale, torch.cat([p.scale for p in parts]))
+    assert torch.equal(whole.zero, torch.cat([p.zero for p in parts]))
+
+
 @given(fmt=FORMATS, seed=st.integers(0, 99))
 def test_percentiles_clip_and_all_of_them_are_minmax(fmt, seed):
     w = matrix("normal", 4, 40, seed=seed)

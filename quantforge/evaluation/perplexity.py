@@ -64,7 +64,7 @@ def evaluate(
     """
     if ids.shape[0] == 0 or ids.shape[1] < 2:
         raise DataError(
-            420, f"perplexity needs at least one window of two tokens, not {ids.shape[0]} of {ids.shape[1]}."
+            440, f"perplexity needs at least one window of two tokens, not {ids.shape[0]} of {ids.shape[1]}."
         )
     device = next(model.parameters()).device
     losses, kls = [], []

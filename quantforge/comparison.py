@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -11,10 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantforge import api, pipeline, recipe, report
-from quantforge.errors import RecipeError, pick
-from quantforge.evaluate import perplexity
-from quantforge.evaluate.perplexity import Reference, Score
+from quantforge import api, pipeline, recipe, record, report
+from quantforge.errors import PlanError, RecipeError, pick
+from quantforge.evaluation import perplexity
+from quantforge.evaluation.perplexity import Reference, Score
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.models import arch
 from quantforge.models import load as loading
@@ -22,9 +24,9 @@ from quantforge.pipeline import Layer
 from quantforge.plan import Plan, make
 from quantforge.progress import bar
 from quantforge.recipe import Recipe
-from quantforge.report import LayerRow, Report, Run
+from quantforge.record import LayerRow, Report, Run
 from quantforge.result import Result
-from quantforge.store import check_target
+from quantforge.store import check_target, check_writable
 
 PROTOCOL = (
     "perplexity = exp of the mean over non-overlapping windows, from the start of the text, of the mean cross-entropy "
@@ -71,14 +73,15 @@ def compare(
     api.check_length(source.config, seq_len)
     skeleton = source.skeleton()
     plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
+    if out is not None:
+        _check_report_folder(Path(out), source.path)
     if keep is not None:
         for label in plans:
             check_target(Path(keep) / label, overwrite=False, inputs=(source.path,))
     tokenizer = loading.tokenizer(source)
-    calib, calib_from = api.token_ids(
-        calibration, "calibration", tokenizer, seq_len, samples, shuffle=shuffle, seed=seed
-    )
-    ids, data_from = api.token_ids(data, "evaluation", tokenizer, seq_len, windows)
+    tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=seq_len)
+    calib, calib_from = tokens(calibration, "calibration", count=samples, shuffle=shuffle, seed=seed)
+    ids, data_from = tokens(data, "evaluation", count=windows)
     built = loading.model(source, device)
     with bar(FLOAT, len(ids)) as step:
         reference, score = perplexity.make_reference(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
@@ -93,14 +96,14 @@ def compare(
             result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib[:MEASURED])))
         runs.append(_score(label, result, ids, reference, None if keep is None else Path(keep)))
     found = Report(
-        schema=report.SCHEMA,
+        schema=record.SCHEMA,
         model=source.name,
         model_notes=source.notes,
         calibration=calib_from,
         evaluation=data_from,
         protocol=PROTOCOL,
-        machine=report.machine(),
-        versions=report.versions(),
+        machine=record.machine(),
+        versions=record.versions(),
         command=command,
         created=datetime.date.today().isoformat(),
         runs=tuple(runs),
@@ -155,6 +158,15 @@ def _originals(model: nn.Module, plans: Any) -> dict[str, Tensor]:
         for plan in plans
         for name in plan.layers
     }
+
+
+def _check_report_folder(out: Path, model: Path) -> None:
+    """Refuse, before any work, a report folder that lies in the model's, is a file, or cannot be written."""
+    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
+        raise PlanError(266, f"--out {out} is the model's own folder or lies in it; choose another folder.")
+    if os.path.lexists(out) and not out.is_dir():
+        raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
+    check_writable(out)
 
 
 def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
