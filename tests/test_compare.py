@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import quantforge
-from quantforge import api, checkpoint, report
+from quantforge import api, checkpoint, record, report
 from quantforge.calibrate import corpus
 from quantforge.errors import PlanError, RecipeError
 from quantforge.models import load as loading
-from quantforge.report import Report, Run
+from quantforge.record import Report, Run
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 COMMAND = "quantforge compare 'a model' --methods fp,rtn,gptq"
@@ -126,8 +126,8 @@ def test_the_float_size_is_that_of_its_weights(made):
 def test_the_three_files_hold_the_report(made):
     folder, found = made[0] / "report", made[1]
     assert sorted(f.name for f in folder.iterdir()) == ["report.html", "report.json", "report.md"]
-    read = report.from_json((folder / "report.json").read_text(encoding="utf-8"))
-    assert report.to_json(read) == report.to_json(found)
+    read = record.from_json((folder / "report.json").read_text(encoding="utf-8"))
+    assert record.to_json(read) == record.to_json(found)
     assert read.command == COMMAND
     assert read.model == "tiny-llama"
     assert "seq_len" in read.protocol
@@ -147,7 +147,7 @@ def test_the_report_says_where_its_tokens_came_from(made):
     assert found.calibration["text_sha256"] != found.evaluation["text_sha256"]
     assert found.versions.keys() >= {"python", "torch", "transformers"}
     assert not any(math.isnan(run.perplexity) for run in found.runs)
-    json.loads(report.to_json(found), parse_constant=lambda c: pytest.fail(c))
+    json.loads(record.to_json(found), parse_constant=lambda c: pytest.fail(c))
 
 
 def test_every_layer_has_a_row_and_gptq_loses_less_in_each_kind(made):

@@ -62,7 +62,7 @@ def test_whatever_the_message_holds_it_is_one_printable_line(message, cls):
 
 
 def test_control_characters_are_spelled_out_and_line_breaks_are_spaces():
-    assert str(ModelError(300, "a\x1b[31mb\nc\td\u202e")) == "error[QF-300]: a\\u001b[31mb c d\\u202e"
+    assert str(ModelError(300, "a\x1b[31mb\nc\td\u202e")) == "error[QF-300]: a\\x1b[31mb c d\\u202e"
 
 
 def test_the_number_and_the_bare_message_stay_at_hand():

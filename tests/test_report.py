@@ -18,9 +18,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from quantforge import plots, report
+from quantforge import plots, record, report
 from quantforge.errors import DataError
-from quantforge.report import LayerRow, Report, Run, from_json, table, to_html, to_json, to_markdown
+from quantforge.record import LayerRow, Report, Run, from_json, to_json
+from quantforge.report import table, to_html, to_markdown
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = [
@@ -58,7 +59,7 @@ def a_report(*runs: Run, **changes: object) -> Report:
     quantized = (a_run(f"{method}-int{bits}", bits, 10 + 40 / bits) for method in ("rtn", "gptq") for bits in (2, 4, 8))
     runs = runs or (a_run("float", None, 10.0), *quantized)
     made = Report(
-        report.SCHEMA, "tiny", ("a note",), {"set": "docs", "samples": 8}, {"tokens": 1024}, "One protocol for all.",
+        record.SCHEMA, "tiny", ("a note",), {"set": "docs", "samples": 8}, {"tokens": 1024}, "One protocol for all.",
         {"processor": "cpu", "memory_bytes": 8_000_000_000}, {"torch": "2.0"}, "quantforge compare tiny", "2026-01-01",
         runs,
     )  # fmt: skip
@@ -143,7 +144,7 @@ some_runs = st.builds(
     options=objects, layers=st.lists(layer_rows, max_size=2).map(tuple), notes=st.lists(words, max_size=2).map(tuple),
 )  # fmt: skip
 reports = st.builds(
-    Report, schema=st.just(report.SCHEMA), model=words, model_notes=st.lists(words, max_size=2).map(tuple),
+    Report, schema=st.just(record.SCHEMA), model=words, model_notes=st.lists(words, max_size=2).map(tuple),
     calibration=objects, evaluation=objects, protocol=words, machine=objects,
     versions=st.dictionaries(words, words, max_size=2), command=words, created=words,
     runs=st.lists(some_runs, max_size=3).map(tuple),
@@ -387,7 +388,7 @@ def test_the_same_record_gives_the_same_bytes_in_every_process(tmp_path: Path) -
     made = a_report()
     (tmp_path / "record.json").write_text(to_json(made), encoding="utf-8")
     code = (
-        "import sys; from pathlib import Path; from quantforge.report import from_json, to_html;"
+        "import sys; from pathlib import Path; from quantforge.record import from_json; from quantforge.report import to_html;"
         "sys.stdout.buffer.write(to_html(from_json(Path(sys.argv[1]).read_text(encoding='utf-8'))).encode())"
     )
     (tmp_path / "matplotlibrc").write_text("axes.labelsize: 40\nxtick.direction: in\n")  # a user's taste plays no part
@@ -477,7 +478,7 @@ def test_the_machine_is_described_without_names_or_paths() -> None:
     import getpass
     import platform
 
-    found = report.machine()
+    found = record.machine()
     assert found["cores"] >= 1
     assert found["threads"] >= 1
     assert found["processor"]
@@ -488,8 +489,8 @@ def test_the_machine_is_described_without_names_or_paths() -> None:
 
 
 def test_versions_name_what_is_installed_and_leave_out_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "PACKAGES", ("torch", "no-such-package-at-all"))
-    assert list(report.versions()) == ["python", "torch"]
+    monkeypatch.setattr(record, "PACKAGES", ("torch", "no-such-package-at-all"))
+    assert list(record.versions()) == ["python", "torch"]
 
 
 def test_three_files_are_written_and_nothing_else(tmp_path: Path) -> None:

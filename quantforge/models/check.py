@@ -157,7 +157,7 @@ def check_ids(ids: Tensor, tokenizer: Any, model_config: Any) -> None:
     beyond = ids[ids >= rows]
     if beyond.numel():
         first = int(beyond.flatten()[0])
-        token = tokenizer.convert_ids_to_tokens(first)
+        token = tokenizer.convert_ids_to_tokens(first) if tokenizer is not None else "?"
         raise ModelError(
             347,
             f"the text holds the token {show(token)}, id {first:,}, but the embedding has {rows:,} rows: remove it.",

@@ -185,11 +185,11 @@ def test_what_is_written_is_read_back_to_the_bit(bits, group, symmetric, dtype, 
 @pytest.mark.parametrize(
     ("changes", "number"),
     [
-        ({"quant_method": "gptq"}, 340),
-        ({"format": "marlin-24"}, 340),
-        ({"format": None}, 340),
-        ({"config_groups": {}}, 341),
-        ({"config_groups": {"a": {}, "b": {}}}, 341),
+        ({"quant_method": "gptq"}, 370),
+        ({"format": "marlin-24"}, 370),
+        ({"format": None}, 370),
+        ({"config_groups": {}}, 371),
+        ({"config_groups": {"a": {}, "b": {}}}, 371),
     ],
 )
 def test_another_format_is_refused_by_name(changes, number):

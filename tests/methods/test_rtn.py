@@ -1,5 +1,7 @@
 """Plain rounding: exactly the range and the nearest code, whatever the data."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -44,7 +46,7 @@ def test_one_more_bit_at_least_halves_the_squared_error(problem, kind):
     for bits in range(2, 9):
         p = problem(f"int{bits}-g16-{kind}", 32, 64, x="white")
         losses.append(float((p.weight - RTN().solve(p).dequantize()).square().sum()))
-    assert all(b < a / 2 for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b < a / 2 for a, b in pairwise(losses))
 
 
 def test_a_zero_point_gains_on_rows_of_one_sign(problem):

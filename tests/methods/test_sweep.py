@@ -137,9 +137,9 @@ def test_without_clamping_the_error_obeys_babais_bound(problem, out, width, seed
 def test_with_independent_inputs_the_sweep_is_plain_rounding(problem, fmt, out, width, seed):
     p = problem(fmt, out, width, seed)
     diagonal = torch.rand(width, generator=torch.Generator().manual_seed(seed)) * 100
+    rounded, _ = rounder(p)
     for h in (torch.eye(width), torch.diag(diagonal), torch.zeros(width, width)):
         u = inverse_factor(h, 0.01).u
-        rounded, _ = rounder(p)
         got = sweep(p.weight.T.clone(), u, lambda j, c: rounded(j, c).float()).T
         expected = torch.stack([rounded(j, p.weight[:, j]) for j in range(width)], 1).float()
         assert torch.equal(got, expected)

@@ -14,7 +14,7 @@ SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 20))
 def cut(x, block):
     """Cut by slicing: a list of rows of lists of blocks, the short ones as they are."""
     rows, cols = block[0] or x.shape[0], block[1] or x.shape[1]
-    return [[part for part in band.split(cols, 1)] for band in x.split(rows, 0)]
+    return [list(band.split(cols, 1)) for band in x.split(rows, 0)]
 
 
 @given(shape=SHAPES, block=BLOCKS, seed=st.integers(0, 9))

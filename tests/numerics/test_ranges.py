@@ -160,7 +160,7 @@ def test_a_block_of_zeros_has_scale_one_and_is_exact(fmt, name):
     weighted=st.booleans(),
 )
 def test_searched_ranges_are_never_worse_than_minmax(fmt, kind, seed, power, weighted):
-    w = matrix(kind, seed=seed)
+    w = matrix(kind, 4, 120, seed)
     importance = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(seed)) if weighted else None
     factor = torch.ones(w.shape[1]) if importance is None else importance
 
@@ -169,6 +169,13 @@ def test_searched_ranges_are_never_worse_than_minmax(fmt, kind, seed, power, wei
         return tiles(error, fmt.block, fill=0.0).sum(-1)
 
     assert (loss(mse(w, fmt, importance, power=power)) <= loss(minmax(w, fmt)) * (1 + 1e-4) + 1e-9).all()
+
+
+@pytest.mark.xfail(reason="the copies that fill a short group up count in a search without importance")
+def test_an_unweighted_search_is_never_worse_than_minmax_in_a_short_group_either():
+    fmt, w = parse("int3-g8-asym"), matrix("normal", 300, 11)
+    searched, plain = ((w - quantize(w, f(w, fmt), fmt).dequantize())[:, 8:].square() for f in (mse, minmax))
+    assert (searched.sum(1) <= plain.sum(1) * (1 + 1e-4) + 1e-9).all()
 
 
 @pytest.mark.parametrize("fmt", ["int2-g16-asym", "int3-g16-asym", "int4-g16-sym", "int3-tensor-asym"])
