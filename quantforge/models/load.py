@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Iterator
@@ -64,8 +65,10 @@ def find(model: str | None, *, trust_remote_code: bool = False) -> Source:
     if model is None:
         file = demo.find()
         with quiet():
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        config.dtype = torch.bfloat16
+            settings = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
+        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+            settings.pop(key, None)
+        config = make_config(file.parent, {**settings, "dtype": "bfloat16"})
         return Source(demo.NAME, file.parent, config, torch.bfloat16, file.name, (demo.NOTE,))
     path = Path(model)
     local = os.path.exists(path)  # False, not an error, for a name that no file could have
@@ -132,19 +135,30 @@ def model(source: Source, device: str = "cpu") -> nn.Module:
 
     Weights keep the values of the checkpoint's dtype: float32 is what is computed in.
     """
-    where: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {"use_safetensors": True}
     with quiet():
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            config=source.config,
-            dtype=source.dtype,
-            local_files_only=True,
-            trust_remote_code=source.trust_remote_code,
-            **where,
-        )
+        if source.gguf:
+            loaded = _dequantized(source)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                config=source.config,
+                dtype=source.dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=source.trust_remote_code,
+            )
     check.check_finite(loaded)
     result: nn.Module = loaded.float().eval().to(check_device(device))
     return result
+
+
+def _dequantized(source: Source) -> Any:
+    """Read the GGUF file through transformers, and put its weights into an ordinary model in the source's dtype."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader draws a bar that nothing else turns off
+        read = AutoModelForCausalLM.from_pretrained(source.path, gguf_file=source.gguf, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(source.config, dtype=source.dtype)
+    model.load_state_dict(read.state_dict())
+    return model
 
 
 def check_device(device: str) -> torch.device:
