@@ -4,12 +4,13 @@
 
 calibrates on the first 64 windows of 512 tokens and scores windows 65 to 112 of the same text (and, with --test FILE,
 48 windows of another), appending one JSON line. The variants that earned their place are options of the gptq solver;
-the others live here only, so that their figures can be remade.
+the others live here only, so that their figures can be remade. `--table LINES.jsonl` prints the lines as a table.
 """
 
 import argparse
 import copy
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -144,7 +145,33 @@ def target_of(weight: Tensor, h: Tensor, drift: Tensor, share: float) -> Tensor:
     return weight + share * torch.linalg.solve(damped, (weight @ drift).T).T
 
 
+COLUMNS = {
+    "bits": "bits",
+    "damping": "damping",
+    "damp": "share",
+    "range": "range",
+    "order": "order",
+    "fresh": "fresh ranges",
+    "token_weight": "token weight",
+    "asymmetric": "asymmetric",
+    "validation": "perplexity, windows 65-112",
+    "test": "perplexity, test",
+    "seconds": "seconds",
+}
+
+
+def table(lines: Path) -> str:
+    """Return the recorded runs as a Markdown table, best first within each number of bits."""
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    rows.sort(key=lambda r: (-r["bits"], r["validation"]))
+    head = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * len(COLUMNS)]
+    return "\n".join(head + ["| " + " | ".join(str(r.get(k, "")) for k in COLUMNS) + " |" for r in rows])
+
+
 def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--table":
+        print(table(Path(sys.argv[2])))
+        return
     o = options()
     torch.set_grad_enabled(False)
     source = load.find(o.model)

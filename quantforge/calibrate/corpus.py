@@ -147,11 +147,11 @@ def _offline_names(part: Part) -> list[str]:
 
 
 def _read(name: str) -> str:
-    """Read a .txt or .jsonl file as text, without a byte order mark."""
+    """Read a .txt or .jsonl file as text: without a byte order mark, its line ends as newlines."""
     path = Path(name)
     try:
         _check_path(name, path)
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise DataError(405, f"{name!r} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -33,7 +33,7 @@ class Format:
         return replace(self, scale=dtype)
 
     def nbits(self, shape: tuple[int, int]) -> int:
-        """Count every stored bit of a matrix of `shape`: codes, scales and zero points."""
+        """Count the bits of a matrix of `shape`: codes, scales and zero points; a container may pad them."""
         down, across = counts(shape, self.block)
         per_block = self.scale.itemsize * 8 + (0 if self.symmetric else self.grid.bits)
         return shape[0] * shape[1] * self.grid.bits + down * across * per_block

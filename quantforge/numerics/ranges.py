@@ -67,10 +67,18 @@ def percentile(w: Tensor, fmt: Format, importance: Tensor | None = None, p: floa
     """Span the (100 − p)th to the pth percentile of each block; what lies outside is clipped."""
     blocks = tiles(w, fmt.block)
     if fmt.symmetric:
-        high = blocks.abs().quantile(p / 100, dim=-1)
+        high = _quantile(blocks.abs(), p / 100)
         return from_limits(-high, high, fmt)
-    low, high = blocks.quantile(torch.tensor([1 - p / 100, p / 100], device=w.device), dim=-1)
-    return from_limits(low, high, fmt)
+    return from_limits(_quantile(blocks, 1 - p / 100), _quantile(blocks, p / 100), fmt)
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """Return the quantile of the last axis by linear interpolation; torch.quantile refuses 2^24 elements and more."""
+    place = q * (x.shape[-1] - 1)
+    below = int(place)
+    low = x.kthvalue(below + 1, dim=-1).values
+    high = x.kthvalue(min(below + 2, x.shape[-1]), dim=-1).values
+    return torch.lerp(low, high, place - below)
 
 
 def mse(
@@ -91,6 +99,8 @@ def mse(
     """
     start = minmax(w, fmt)
     blocks = tiles(w, fmt.block)
+    if importance is None and blocks.numel() != w.numel():
+        importance = torch.ones_like(w)  # what fills up a short block must not count
     weights = None if importance is None else tiles(importance.expand_as(w).contiguous(), fmt.block, fill=0.0)
     rows = max(_CHUNK // max(blocks[0].numel(), 1), 1)  # as much as the cache holds: three times as fast
     found = []
@@ -117,7 +127,7 @@ def _search(
             zero = (start.zero + shift).clamp(low, high)
             clipped = nearest.clamp((low - zero)[..., None], (high - zero)[..., None])
             error = clipped.sub_(exact).abs_().pow_(power) if power != 2 else clipped.sub_(exact).square_()
-            loss = (error if weights is None else error.mul_(weights)).sum(-1) * scale**power
+            loss = (error if weights is None else error.mul_(weights)).sum(-1) * (scale / start.scale) ** power
             better = loss < least
             least = torch.where(better, loss, least)
             best = Range(torch.where(better, scale, best.scale), torch.where(better, zero, best.zero))

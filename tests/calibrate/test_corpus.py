@@ -355,10 +355,11 @@ def test_a_set_without_the_part_asked_for_says_so(monkeypatch: pytest.MonkeyPatc
 # files
 
 
-def test_a_txt_file_is_one_text_exactly_as_it_is(tmp_path: Path, no_network: None) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_txt_file_is_one_text_as_it_is_but_for_its_line_ends(tmp_path: Path, no_network: None, end: str) -> None:
     path = tmp_path / "a.txt"
-    content = "  first\r\n\n\n\tübergröße \u2028 x\n "
-    path.write_bytes(content.encode())
+    content = "  first\n\n\n\tübergröße \u2028 x\n "
+    path.write_bytes(content.replace("\n", end).encode())
     text = load_text(str(path), "calibration")
     assert (text.text, text.part, text.name) == (content, "file", str(path))
     assert text == load_text(str(path), "evaluation")
