@@ -23,12 +23,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 class Group(click.Group):
     """Turns a QuantForgeError into one line (or one JSON object) and its exit code; other exceptions are bugs."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note whether errors are wanted as JSON, which only the command's own options say."""
+        ctx.obj = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except QuantForgeError as error:
-            if "--json" in sys.argv:
+            if ctx.obj:
                 code, _, message = str(error).partition(": ")
                 click.echo(json.dumps({"error": {"code": code[6:-1], "message": message}}))
             click.echo(str(error), err=True)

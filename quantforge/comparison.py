@@ -223,7 +223,7 @@ def _save(label: str, result: Result, keep: Path | None) -> tuple[int | None, st
         return None, f"not saved: {reason}"
     with tempfile.TemporaryDirectory() as scratch:
         folder = result.save((keep or Path(scratch)) / label)
-        return sum(f.stat().st_size for f in folder.glob("*.safetensors")), "compressed-tensors weight files"
+        return sum(f.stat().st_size for f in folder.glob("*.safetensors")), ""
 
 
 def _row(layer: Layer, plan: Plan) -> LayerRow:

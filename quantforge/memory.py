@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 from types import TracebackType
 
@@ -24,6 +26,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
         else:
+            _give_back()
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # 5 resets the high-water mark
                 self._before = _status("VmRSS")
@@ -38,6 +41,12 @@ class PeakMemory:
             return
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
         self.bytes = None if peak is None else max(peak - self._before, 0)
+
+
+def _give_back() -> None:
+    """Hand what is free in the heap back to the system, so that earlier work does not hide what is new (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(field: str) -> int | None:

@@ -192,6 +192,7 @@ def test_evaluate_takes_a_model_in_memory_and_leaves_it_as_it_was(ids):
 def test_what_cannot_work_is_refused_before_weights_are_read(what, error, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(loading, "model", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "reachable", lambda: False)
     monkeypatch.setattr(loading, "snapshot_download", _offline)
     with pytest.raises(error, match=says):
         api.quantize(**{"model": TINY, "method": "gptq"} | what)

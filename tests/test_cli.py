@@ -257,6 +257,7 @@ def test_a_dry_run_foretells_the_bits_and_layers_of_the_run(quantized):
 )
 def test_the_exit_code_tells_the_kind_of_fault_and_one_line_says_it(arguments, code, says, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(loading, "reachable", lambda: False)
     monkeypatch.setattr(loading, "snapshot_download", _unreachable)
     monkeypatch.setattr(loading, "model", lambda *a: pytest.fail("weights were read"))
     result = run(*arguments, "--out", tmp_path / "out")

@@ -6,14 +6,12 @@ No code from the hub is ever run: `datasets` gets no leave for it, and the sets 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 
 from quantforge.errors import DataError
+from quantforge.network import reachable
 
-PROBE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -95,23 +93,6 @@ def load(name: str, spec: HubText, offline_names: list[str]) -> tuple[str, str]:
         if not isinstance(document, str):
             raise DataError(415, f"{name!r}: row {i} of {spec.repository} holds no text but {type(document).__name__}.")
     return spec.join.join(documents), _source(spec, len(documents))
-
-
-def reachable(seconds: float = PROBE_SECONDS) -> bool:
-    """Return whether the hub answers a HEAD request within `seconds`."""
-    from huggingface_hub import constants, get_session
-
-    answers: list[bool] = []
-
-    def ask() -> None:
-        with suppress(Exception):
-            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 500)
-
-    # in a thread: no timeout of the HTTP client covers the look-up of the name
-    probe = Thread(target=ask, daemon=True)
-    probe.start()
-    probe.join(seconds)
-    return any(answers)
 
 
 def _instead(offline_names: list[str]) -> str:

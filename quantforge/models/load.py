@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from quantforge.errors import ModelError, ResourceError, clean
 from quantforge.models import check, demo
+from quantforge.network import reachable
 
 # float64 checkpoints are computed and saved in float32: no format stores wider scales
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
@@ -101,10 +102,11 @@ def make_config(folder: Path, settings: dict[str, Any], *, trust_remote_code: bo
 
 
 def _download(name: str) -> Path:
-    """Fetch a hub model's config, tokenizer and safetensors into the local cache."""
+    """Fetch a hub model's config, tokenizer and safetensors into the local cache; without a network use what is there."""
     allowed = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    offline = bool(constants.HF_HUB_OFFLINE) or not reachable()
     try:
-        return Path(snapshot_download(name, allow_patterns=allowed, local_files_only=constants.HF_HUB_OFFLINE))
+        return Path(snapshot_download(name, allow_patterns=allowed, local_files_only=offline))
     except Exception as error:
         raise ModelError(
             362,

@@ -1,5 +1,6 @@
 """Speed and memory on the demo model: `make bench`. Figures, never thresholds."""
 
+import os
 import time
 
 import pytest
@@ -17,6 +18,15 @@ pytestmark = pytest.mark.bench
 # Floating-point operations of GPTQ on SmolLM2-135M and 64 x 512 tokens: forward, the upper triangle of shared Hessians
 # by eight tiles, one Cholesky factorization an input, the solve.
 ARITHMETIC = 11.3e12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_core():
+    """Use all cores, as the command line does; the other tests use one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 def gemm_rate() -> float:

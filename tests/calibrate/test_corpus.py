@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from quantforge import network
 from quantforge.calibrate import hub, python_docs
 from quantforge.calibrate.corpus import SOURCES, Text, load_text, set_names, windows
 from quantforge.errors import DataError
@@ -226,7 +227,7 @@ def test_without_network_a_hub_set_says_so_soon(monkeypatch: pytest.MonkeyPatch,
     forbid_loading(monkeypatch)
     server = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-    monkeypatch.setattr(hub.reachable, "__defaults__", (0.3,))
+    monkeypatch.setattr(network.reachable, "__defaults__", (0.3,))
     if not silent:
         server.close()
     start = time.monotonic()
@@ -238,8 +239,8 @@ def test_without_network_a_hub_set_says_so_soon(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_probe_itself_leaves_room_within_ten_seconds() -> None:
-    assert 0 < hub.PROBE_SECONDS <= 6
-    assert hub.reachable.__defaults__ == (hub.PROBE_SECONDS,)
+    assert 0 < network.PROBE_SECONDS <= 6
+    assert network.reachable.__defaults__ == (network.PROBE_SECONDS,)
 
 
 @pytest.mark.parametrize(("status", "answer"), [(200, True), (404, True), (503, False)])
@@ -252,7 +253,7 @@ def test_any_answer_but_a_server_error_means_reachable(
             return type("Response", (), {"status_code": status})
 
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    assert hub.reachable() is answer
+    assert network.reachable() is answer
 
 
 def test_the_probe_does_not_wait_for_a_client_that_ignores_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +265,7 @@ def test_the_probe_does_not_wait_for_a_client_that_ignores_its_timeout(monkeypat
 
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
     start = time.monotonic()
-    assert not hub.reachable(0.1)
+    assert not network.reachable(0.1)
     assert time.monotonic() - start < 10
     over.set()
 
