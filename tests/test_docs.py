@@ -42,7 +42,8 @@ def test_the_tree_in_the_readme_is_the_tree():
     block = re.search(r"^quantforge/\n(.*?)^calib/", README, re.DOTALL | re.MULTILINE)[1]
     named = set(re.findall(r"\b(\w+\.py|\w+/)(?=\s)", block))
     package = ROOT / "quantforge"
-    real = {f.name for f in package.glob("*.py")} | {f"{d.name}/" for d in package.iterdir() if (d / "__init__.py").exists()}
+    folders = {f"{d.name}/" for d in package.iterdir() if (d / "__init__.py").exists()}
+    real = folders | {f.name for f in package.glob("*.py")}
     unnamed = {"__init__.py", "__main__.py"}
     assert real - unnamed <= named, f"the README lacks {sorted(real - unnamed - named)}"
     assert named <= real | {"recipes/", "templates/"}, f"the README names {sorted(named - real)}, which are gone"

@@ -388,7 +388,8 @@ def test_the_same_record_gives_the_same_bytes_in_every_process(tmp_path: Path) -
     made = a_report()
     (tmp_path / "record.json").write_text(to_json(made), encoding="utf-8")
     code = (
-        "import sys; from pathlib import Path; from quantforge.record import from_json; from quantforge.report import to_html;"
+        "import sys; from pathlib import Path; from quantforge.record import from_json;"
+        "from quantforge.report import to_html;"
         "sys.stdout.buffer.write(to_html(from_json(Path(sys.argv[1]).read_text(encoding='utf-8'))).encode())"
     )
     (tmp_path / "matplotlibrc").write_text("axes.labelsize: 40\nxtick.direction: in\n")  # a user's taste plays no part

@@ -13,7 +13,6 @@ from quantforge.errors import DataError
 from quantforge.network import reachable
 
 
-
 @dataclass(frozen=True)
 class HubText:
     """A definition with `source: hub`: which rows of which repository, and how they become one text.

@@ -102,7 +102,7 @@ def make_config(folder: Path, settings: dict[str, Any], *, trust_remote_code: bo
 
 
 def _download(name: str) -> Path:
-    """Fetch a hub model's config, tokenizer and safetensors into the local cache; without a network use what is there."""
+    """Fetch a hub model's config, tokenizer and safetensors into the local cache; offline, use what is there."""
     allowed = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     offline = bool(constants.HF_HUB_OFFLINE) or not reachable()
     try:
