@@ -221,9 +221,11 @@ def _save(label: str, result: Result, keep: Path | None) -> tuple[int | None, st
     reason = CompressedTensors().refuses(result.plan)
     if reason:
         return None, f"not saved: {reason}"
+    bits = result.plan.recipe.weights.grid.bits
+    padded = f"{bits}-bit codes take {32 / (32 // bits):.2f} bits each in the file" if 32 % bits else ""
     with tempfile.TemporaryDirectory() as scratch:
         folder = result.save((keep or Path(scratch)) / label)
-        return sum(f.stat().st_size for f in folder.glob("*.safetensors")), ""
+        return sum(f.stat().st_size for f in folder.glob("*.safetensors")), padded
 
 
 def _row(layer: Layer, plan: Plan) -> LayerRow:
