@@ -33,7 +33,6 @@ PROTOCOL = (
     "of their seq_len − 1 predictions; KL = mean over the same predictions of KL(float ‖ quantized); float32 throughout"
 )
 FLOAT = "fp"
-MEASURED = 4  # calibration windows on which the layer losses of methods without data are measured
 
 
 def compare(
@@ -72,7 +71,8 @@ def compare(
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
     api.check_length(source.config, seq_len)
     skeleton = source.skeleton()
-    plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
+    exporter = CompressedTensors() if keep is not None else None
+    plans = {label: make(skeleton, chosen, source.dtype, exporter) for label, chosen in recipes.items()}
     if out is not None:
         _check_report_folder(Path(out), source.path)
     if keep is not None:
@@ -93,7 +93,7 @@ def compare(
         result = api.run(built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from)
         if needed is None:  # once more, unclocked, to learn what its rounding does to the layers' outputs
             _restore(built, originals)
-            result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib[:MEASURED])))
+            result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib)))
         runs.append(_score(label, result, ids, reference, None if keep is None else Path(keep)))
     found = Report(
         schema=record.SCHEMA,

@@ -80,7 +80,7 @@ def sweep(
     """
     size = wt.shape[0]
     pivots = u.diagonal().tolist()
-    errors = wt.new_empty(block_size, wt.shape[1])
+    errors = wt.new_empty(min(block_size, size), wt.shape[1])
     for start in range(0, size, block_size):
         stop = min(start + block_size, size)
         for inner in range(start, stop, _INNER):
