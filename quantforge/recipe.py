@@ -56,7 +56,7 @@ def load(
     bits        2 to 8; None keeps the recipe's
     group_size  weights along the input that share a scale; -1 is a whole row (per channel)
     symmetric   True: no zero points
-    settings    {"solver.damp_percent": 0.01, …}: options of the recipe's parts; "solver" itself names another solver
+    settings    {"solver.damp_percent": 0.01, …}: options of the recipe's parts
 
     Raises RecipeError for an unknown recipe, option or value, with the nearest name.
     """
@@ -73,16 +73,13 @@ def load(
 def _solver(slot: str | dict[str, dict[str, Any]], settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     name, options = (slot, {}) if isinstance(slot, str) else next(iter(slot.items()))
     options = dict(options)
-    if "solver" in settings:
-        name, options = str(settings["solver"]), {}
     for key, value in settings.items():
         part, _, option = key.partition(".")
-        if part != "solver" or (not option and key != "solver"):
-            known = ["solver", *(f"solver.{o}" for o in registry.options("solver", name))]
+        if part != "solver" or not option:
+            known = [f"solver.{o}" for o in registry.options("solver", name)]
             hint = nearest(key, known)
             raise RecipeError(205, f"there is no setting {key!r}: {hint}There are: {', '.join(known)}.")
-        if option:
-            options[option] = value
+        options[option] = value
     return name, options
 
 

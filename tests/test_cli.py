@@ -240,7 +240,6 @@ def test_a_dry_run_foretells_the_bits_and_layers_of_the_run(quantized):
         (["quantize", TINY, "--set", "solver.damp_percent=-1"], 2, ["damp_percent", "between 0 and 1"]),
         (["quantize", TINY, "--set", "solver.damp_percnt=0.1"], 2, ["did you mean 'damp_percent'?"]),
         (["quantize", TINY, "--set", "solvr.damp_percent=0.1"], 2, ["did you mean 'solver.damp_percent'?"]),
-        (["quantize", TINY, "--set", "solver=gtpq"], 2, ["did you mean 'gptq'?"]),
         (["quantize", TINY, "--set", "solver.damp_percent"], 2, ["KEY=VALUE"]),
         (["compare", TINY, "--bits", "4,three"], 2, ["--bits", "4,three"]),
         (["compare", TINY, "--methods", "fp,gtpq"], 2, ["did you mean 'gptq'?"]),
