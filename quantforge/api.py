@@ -61,6 +61,8 @@ def quantize(
     """
     chosen = recipe.load(method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings)
     loading.check_device(device)
+    if isinstance(calibration, str):
+        corpus.check_name(calibration, "calibration")
     target = None if out is None else Path(out)
     draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed)
     ids, provenance = None, dict[str, Any]()
@@ -79,7 +81,6 @@ def quantize(
         )
         tokenizer = tokenizer or loading.tokenizer(source)
         if chosen.solver.needs:
-            check_length(source.config, seq_len)
             ids, provenance = draw(tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=samples)
         name, built = source.name, loading.model(source, device)
     result = run(built, plan, ids, tokenizer=tokenizer, source=name, calibration=provenance)
@@ -101,11 +102,21 @@ def prepare(
 
 
 def run(
-    model: nn.Module, plan: Plan, ids: Tensor | None, *, tokenizer: Any, source: str, calibration: dict[str, Any]
+    model: nn.Module,
+    plan: Plan,
+    ids: Tensor | None,
+    *,
+    tokenizer: Any,
+    source: str,
+    calibration: dict[str, Any],
+    memory_before: int | None = None,
 ) -> Result:
-    """Quantize a loaded model by a plan, with progress on stderr, and measure time and memory."""
+    """Quantize a loaded model by a plan, with progress on stderr, and measure time and memory.
+
+    memory_before  what peak memory is counted from, by `memory.in_use`; None: what is in use when the work begins
+    """
     device = next(model.parameters()).device
-    with PeakMemory(device) as memory, bar(plan.recipe.name, len(plan.layers)) as step:
+    with PeakMemory(device, memory_before) as memory, bar(plan.recipe.name, len(plan.layers)) as step:
         start = time.perf_counter()
         layers = pipeline.quantize(model, plan, ids, lambda layer: step(f"{layer.name} {layer.relative_loss:.2%} lost"))
         if device.type == "cuda":
@@ -128,17 +139,20 @@ def token_ids(
     """Return token ids [count, seq_len] that the model of `config` can read, and where they came from.
 
     text  a set's name, a file, or the ids themselves
-    Raises DataError for what is no text or no ids, ModelError for ids beyond the embedding.
+    Raises DataError for what is no text or no ids, PlanError for windows that are too long, ModelError for ids beyond
+    the embedding.
     """
     if isinstance(text, Tensor):
         if text.dim() != 2 or text.dtype != torch.int64 or not text.numel() or int(text.min()) < 0:
             raise DataError(
                 441, f"token ids must be int64 [windows, seq_len], at least 0, not {text.dtype} {tuple(text.shape)}."
             )
+        check_length(config, text.shape[1])
         ids, provenance = text, {"name": "token ids", "seq_len": text.shape[1], "count": text.shape[0]}
     elif tokenizer is None:
         raise DataError(442, f"text {text!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
     else:
+        check_length(config, seq_len)
         found = corpus.windows(corpus.load_text(text, part), tokenizer, seq_len, count, shuffle=shuffle, seed=seed)
         ids, provenance = found.ids, found.provenance
     check.check_ids(ids, tokenizer, config)
@@ -182,7 +196,7 @@ def evaluate(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Return the perplexity of a float model, or of a checkpoint that quantforge wrote, computed in float32.
+    """Return the perplexity of a float model, or of a quantized checkpoint, computed in float32.
 
     model    a folder, a hub id, None for the demo model, or a model in memory
     data     a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
@@ -194,10 +208,8 @@ def evaluate(
     elif model is not None and checkpoint.is_quantized(Path(model)):
         name, built = clean(Path(model).name), checkpoint.read(Path(model), torch.float32).to(device)
         tokenizer = tokenizer or loading.read_tokenizer(Path(model))
-        check_length(built.config, seq_len)
     else:
         source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
-        check_length(source.config, seq_len)
         source.skeleton()
         tokenizer = tokenizer or loading.tokenizer(source)
         name, built = source.name, None

@@ -18,8 +18,13 @@ from quantforge.store import MARK
 
 
 def is_quantized(folder: Path) -> bool:
-    """Tell whether `folder` is a checkpoint that `save` has written."""
-    return os.path.isfile(folder / MARK)
+    """Tell whether `folder` is a quantized checkpoint, by its config.json; what that is worth, `read` will tell."""
+    if os.path.isfile(folder / MARK):
+        return True
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -5,9 +5,12 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from quantforge import __version__
-from quantforge.errors import QuantForgeError, RecipeError
+from quantforge.errors import QuantForgeError, RecipeError, ResourceError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,15 +32,40 @@ class Group(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command; ended by a signal, it still removes what it had only half written."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                signal.signal(number, lambda got, frame: sys.exit(128 + got))
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "quantforge"
+            message = error.format_message().rstrip(".")
+            _fail(ctx, RecipeError(212, f"{message}; `{command} --help` lists what there is."))
         except QuantForgeError as error:
-            if ctx.obj:
-                code, _, message = str(error).partition(": ")
-                click.echo(json.dumps({"error": {"code": code[6:-1], "message": message}}))
-            click.echo(str(error), err=True)
-            ctx.exit(error.exit_code)
+            _fail(ctx, error)
+
+
+def _fail(ctx: click.Context, error: QuantForgeError) -> None:
+    if ctx.obj:
+        code, _, message = str(error).partition(": ")
+        _print(json.dumps({"error": {"code": code[6:-1], "message": message}}))
+    click.echo(str(error), err=True)
+    ctx.exit(error.exit_code)
+
+
+def _print(text: str) -> None:
+    """Print a result; ResourceError if there is no room for it."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # or Python tries once more at its end
+        raise ResourceError(513, f"the result could not be printed: {error.strerror}.") from error
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,7 +76,9 @@ def main() -> None:
 
 def _calibration(command: Command) -> Command:
     for option in (
-        click.option("--seed", default=0, show_default=True, help="Seed of --shuffle."),
+        click.option(
+            "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of --shuffle."
+        ),
         click.option("--shuffle", is_flag=True, help="Draw the windows instead of taking the first ones."),
         click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window."),
         click.option("--samples", default=64, show_default=True, type=click.IntRange(1), help="Calibration windows."),
@@ -76,6 +106,16 @@ def _machine(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+_windows = click.option(
+    "--windows",
+    default=48,
+    show_default=True,
+    type=click.IntRange(0),
+    metavar="N",
+    help="Evaluation windows from the start of the text; 0 is all of them.",
+)
 
 
 def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -124,17 +164,22 @@ def quantize(
     """Quantize MODEL (a folder or a hub id; the demo model if left out) into a checkpoint that loads by itself."""
     if dry_run:
         from quantforge import api, recipe
+        from quantforge.calibrate import corpus
         from quantforge.models import load
 
         chosen = recipe.load(
             method, bits=bits, group_size=group_size, symmetric=symmetric, settings=_settings(settings)
         )
+        load.check_device(device)
+        corpus.check_name(calib, "calibration")
         source = load.find(model, trust_remote_code=trust_remote_code)
+        if chosen.solver.needs:
+            api.check_length(source.config, seq_len)
         plan = api.prepare(source, chosen, out, overwrite=overwrite)
-        click.echo(json.dumps(plan.record()) if as_json else plan.table())
+        _print(json.dumps(plan.record()) if as_json else plan.table())
         return
     if out is None:
-        raise click.UsageError("--out DIR is missing: where should the checkpoint go? (--dry-run needs none)")
+        raise RecipeError(213, "--out DIR is missing: where should the checkpoint go? (--dry-run needs none)")
     import quantforge
 
     result = quantforge.quantize(
@@ -155,35 +200,35 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     where = shlex.quote(str(out))
-    click.echo(json.dumps(result.record()) if as_json else f"{result.summary()}\nnext: quantforge evaluate {where}")
+    _print(json.dumps(result.record()) if as_json else f"{result.summary()}\nnext: quantforge evaluate {where}")
 
 
 @main.command()
 @click.argument("model", required=False)
 @click.option("--data", default="python-docs", show_default=True, metavar="SET|FILE", help="Evaluation text.")
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
-@click.option("--windows", type=click.IntRange(1), help="Windows from the start of the text; default: all of them.")
+@_windows
 @_machine
 def evaluate(
     model: str | None,
     data: str,
     seq_len: int,
-    windows: int | None,
+    windows: int,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Print the perplexity of MODEL: a float model, or a checkpoint that quantforge wrote."""
+    """Print the perplexity of MODEL: a float model, or a quantized checkpoint."""
     import quantforge
 
     found = quantforge.evaluate(
-        model, data=data, seq_len=seq_len, windows=windows, device=device, trust_remote_code=trust_remote_code
+        model, data=data, seq_len=seq_len, windows=windows or None, device=device, trust_remote_code=trust_remote_code
     )
     if as_json:
-        click.echo(json.dumps(found.record()))
+        _print(json.dumps(found.record()))
     else:
         count = found.data.get("count")
-        click.echo(
+        _print(
             f"{found.model}: perplexity {found.perplexity:.3f} on {count} x {seq_len} tokens of {found.data['name']}"
         )
 
@@ -195,7 +240,7 @@ def evaluate(
 @_format
 @_calibration
 @click.option("--data", default="python-docs", show_default=True, metavar="SET|FILE", help="Evaluation text.")
-@click.option("--windows", type=click.IntRange(1), help="Evaluation windows; default: all of them.")
+@_windows
 @click.option(
     "--out", "-o", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the report."
 )
@@ -214,7 +259,7 @@ def compare(
     shuffle: bool,
     seed: int,
     data: str,
-    windows: int | None,
+    windows: int,
     out: Path,
     keep: Path | None,
     device: str,
@@ -240,7 +285,7 @@ def compare(
         shuffle=shuffle,
         seed=seed,
         data=data,
-        windows=windows,
+        windows=windows or None,
         device=device,
         settings=_settings(settings),
         out=out,
@@ -248,7 +293,7 @@ def compare(
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
     )
-    click.echo(record.to_json(found) if as_json else f"{report.table(found)}\n{out / 'report.html'}")
+    _print(record.to_json(found) if as_json else f"{report.table(found)}\n{out / 'report.html'}")
 
 
 @main.command()
@@ -259,7 +304,8 @@ def inspect(folder: Path, as_json: bool) -> None:
     from quantforge import checkpoint
 
     record = checkpoint.read_record(folder)
-    click.echo(json.dumps(record) if as_json else checkpoint.table(record))
+    table = checkpoint.table(record)  # which also checks it
+    _print(json.dumps(record) if as_json else table)
 
 
 @main.command()
@@ -270,9 +316,9 @@ def methods(as_json: bool) -> None:
 
     found = recipe.catalogue()
     if as_json:
-        click.echo(json.dumps(found))
+        _print(json.dumps(found))
         return
     for entry in found:
-        click.echo(f"{entry['name']}: {entry['about']}\n  {entry['paper']}\n  stores {entry['weights']}")
+        _print(f"{entry['name']}: {entry['about']}\n  {entry['paper']}\n  stores {entry['weights']}")
         for key, (kind, default) in entry["options"].items():
-            click.echo(f"  --set solver.{key}={default}  ({kind})")
+            _print(f"  --set solver.{key}={default}  ({kind})")

@@ -18,6 +18,7 @@ from quantforge.errors import PlanError, RecipeError, pick
 from quantforge.evaluation import perplexity
 from quantforge.evaluation.perplexity import Reference, Score
 from quantforge.exporters.compressed_tensors import CompressedTensors
+from quantforge.memory import in_use
 from quantforge.models import arch
 from quantforge.models import load as loading
 from quantforge.pipeline import Layer
@@ -69,7 +70,6 @@ def compare(
     recipes = _recipes(methods, bits, group_size, symmetric, settings or {})
     loading.check_device(device)
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
-    api.check_length(source.config, seq_len)
     skeleton = source.skeleton()
     exporter = CompressedTensors() if keep is not None else None
     plans = {label: make(skeleton, chosen, source.dtype, exporter) for label, chosen in recipes.items()}
@@ -87,14 +87,18 @@ def compare(
         reference, score = perplexity.make_reference(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
     runs = [_float_run(score, skeleton, source)]
     originals = _originals(built, plans.values())
+    before = in_use(device)
     for label, plan in plans.items():
         _restore(built, originals)
         needed = calib if plan.recipe.solver.needs else None
-        result = api.run(built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from)
+        result = api.run(
+            built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from, memory_before=before
+        )
         if needed is None:  # once more, unclocked, to learn what its rounding does to the layers' outputs
             _restore(built, originals)
             result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib)))
         runs.append(_score(label, result, ids, reference, None if keep is None else Path(keep)))
+        del result  # its codes would count as the next run's memory
     found = Report(
         schema=record.SCHEMA,
         model=source.name,

@@ -69,7 +69,7 @@ def pick(what: str, name: str, known: Iterable[str]) -> str:
     if name in known:
         return name
     raise RecipeError(
-        201, f"no {what} is called {name!r}: {nearest(name, known)}There are: {', '.join(known) or 'none'}."
+        201, f"no {what} is called {name!r}: {nearest(name, known)}there are: {', '.join(known) or 'none'}."
     )
 
 

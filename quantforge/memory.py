@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 from pathlib import Path
 from types import TracebackType
 
@@ -14,24 +15,27 @@ class PeakMemory:
     """Measure a `with` block; afterwards `bytes` is the highest use above that at entry, or None if it cannot be told.
 
     On CPU this is the process's resident set as Linux reports it (VmHWM, reset at entry), on CUDA the allocator's peak.
+
+    above  what to count from instead, as `in_use` gave it: one baseline makes several pieces of work comparable
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", above: int | None = None) -> None:
         self.device = torch.device(device)
         self.bytes: int | None = None
+        self._above = above
         self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
+            self._before = in_use(self.device)
         else:
-            _give_back()
-            try:
+            before = in_use(self.device)
+            with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # 5 resets the high-water mark
-                self._before = _status("VmRSS")
-            except OSError:
-                self._before = None
+                self._before = before
+        if self._before is not None and self._above is not None:
+            self._before = self._above
         return self
 
     def __exit__(
@@ -43,10 +47,15 @@ class PeakMemory:
         self.bytes = None if peak is None else max(peak - self._before, 0)
 
 
-def _give_back() -> None:
-    """Hand what is free in the heap back to the system, so that earlier work does not hide what is new (glibc only)."""
+def in_use(device: torch.device | str = "cpu") -> int | None:
+    """Return the bytes in use now, after handing back what is free; None if it cannot be told."""
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and so hides what is new
+    return _status("VmRSS")
 
 
 def _status(field: str) -> int | None:

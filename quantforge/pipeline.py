@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -121,8 +121,3 @@ def _stacks(stage: Stage, plan: Plan) -> list[list[str]]:
         else:
             stacks.append([name])
     return stacks
-
-
-def step_count(plan: Plan) -> Sequence[str]:
-    """Return the names of the layers in the order in which `quantize` reports them."""
-    return [name for stage in plan.stages for name in stage]

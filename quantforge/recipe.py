@@ -78,7 +78,7 @@ def _solver(slot: str | dict[str, dict[str, Any]], settings: dict[str, Any]) -> 
         if part != "solver" or not option:
             known = [f"solver.{o}" for o in registry.options("solver", name)]
             hint = nearest(key, known)
-            raise RecipeError(205, f"there is no setting {key!r}: {hint}There are: {', '.join(known)}.")
+            raise RecipeError(205, f"there is no setting {key!r}: {hint}there are: {', '.join(known)}.")
         options[option] = value
     return name, options
 

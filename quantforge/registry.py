@@ -69,7 +69,7 @@ def create(kind: str, name: str, settings: dict[str, Any] | None = None) -> Any:
         if key not in known:
             hint = nearest(key, known)
             raise RecipeError(
-                202, f"{kind} {name!r} has no option {key!r}: {hint}It has: {', '.join(known) or 'none'}."
+                202, f"{kind} {name!r} has no option {key!r}: {hint}it has: {', '.join(known) or 'none'}."
             )
         checked[key] = _coerce(f"{kind}.{key}", value, known[key])
     try:

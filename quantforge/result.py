@@ -149,4 +149,5 @@ def _write(result: Result, exporter: CompressedTensors, staging: Path) -> None:
         config.save_pretrained(staging)
         if result.tokenizer is not None:
             result.tokenizer.save_pretrained(staging)
-    (staging / MARK).write_text(json.dumps(result.record(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    record = {**result.record(), "files": sorted(p.name for p in staging.iterdir())}
+    (staging / MARK).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ MARK = "quantforge.json"
 def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
     """Refuse, before any work, an output folder that exists, would destroy an input, or cannot be written.
 
-    With `overwrite` a folder is replaced only if it is empty or was written by quantforge.
+    With `overwrite` a folder is replaced only if it is empty or holds nothing but what quantforge wrote.
     Raises PlanError, or ResourceError if the place cannot be written to.
     """
     target = out.resolve()
@@ -46,7 +47,22 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             )
         if any(out.iterdir()) and not (out / MARK).is_file():
             raise PlanError(264, f"--out {out} was not written by quantforge (no {MARK} in it); it is left alone.")
+        strangers = sorted({p.name for p in out.iterdir()} - _written(out))
+        if strangers:
+            raise PlanError(
+                268,
+                f"--out {out} also holds {strangers[0]!r}, which quantforge did not write; move it elsewhere first.",
+            )
     check_writable(out.parent)
+
+
+def _written(out: Path) -> set[str]:
+    """Return the names of the files that a checkpoint says it is made of."""
+    try:
+        files = json.loads((out / MARK).read_text(encoding="utf-8"))["files"]
+        return {MARK, *(name for name in files if isinstance(name, str))}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return {MARK}
 
 
 def check_writable(folder: Path) -> None:

@@ -306,7 +306,7 @@ def test_damaged_shards_are_refused(damage, says, sharded, tmp_path, text, resul
 def test_the_other_commands_refuse_the_same(command, damage, model, text, results):
     damage(model)
     more = () if command == "evaluate" else ("--out", results / "out", "--calib", text, "--samples", 4)
-    refused(run(command, model, "--data", text, "--seq-len", 64, *more), 3)
+    refused(run(command, model, "--data", text, "--seq-len", 64, "--windows", 4, *more), 3)
 
 
 def test_18_keys_that_choose_code_are_left_out_and_named(model, text, tmp_path):
@@ -407,7 +407,7 @@ def test_49_a_special_token_beyond_the_embedding_is_refused_when_the_text_has_it
     grow(model, "<image>", 259, special=True)
     text.write_text("an <image> and words, " * 100)
     calib = () if command == "evaluate" else ("--calib", text, "--samples", 4, "--out", results / "out")
-    data = () if command == "quantize" else ("--data", text)
+    data = () if command == "quantize" else ("--data", text, "--windows", 4)
     refused(run(command, model, *calib, *data, "--seq-len", 64), 3, "'<image>'", "259")
 
 

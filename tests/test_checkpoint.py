@@ -143,9 +143,11 @@ def test_the_record_is_what_was_saved(saved):
     assert "14 layers at 4.625 bits" in text.splitlines()[-1]
 
 
-def test_a_folder_without_a_record_says_that_quantforge_did_not_write_it(folder):
+def test_a_folder_without_a_record_says_that_quantforge_did_not_write_it_and_loads_all_the_same(folder):
+    expected = {name: p.clone() for name, p in checkpoint.read(folder).named_parameters()}
     (folder / MARK).unlink()
-    assert not checkpoint.is_quantized(folder)
+    assert checkpoint.is_quantized(folder)
+    assert all(torch.equal(p, expected[name]) for name, p in checkpoint.read(folder).named_parameters())
     with pytest.raises(ModelError, match=r"was not written by quantforge"):
         checkpoint.read_record(folder)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import click
 import pytest
@@ -115,9 +117,12 @@ def test_evaluate_scores_float_and_quantized_models(quantized, text):
     assert plain == f"tiny-llama: perplexity {found['fp']['perplexity']:.3f} on 10 x 64 tokens of {text}\n"
 
 
-def test_evaluate_takes_all_windows_unless_told(text):
-    record = json.loads(run("evaluate", TINY, "--data", text, "--seq-len", 512, "--json").stdout)
-    assert record["data"]["count"] == record["data"]["tokens"] // 512 == len(text.read_bytes()) // 512
+def test_evaluate_takes_48_windows_unless_told_and_0_means_all(text):
+    counts = {}
+    for more in ((), ("--windows", 0)):
+        result = run("evaluate", TINY, "--data", text, "--seq-len", 32, "--json", *more)
+        counts[more] = json.loads(result.stdout)["data"]["count"]
+    assert counts == {(): 48, ("--windows", 0): len(text.read_bytes()) // 32}
 
 
 def test_compare_prints_the_table_and_writes_the_report(text, tmp_path):
@@ -163,7 +168,7 @@ def test_quantize_as_json_holds_the_record_of_the_checkpoint(text, tmp_path):
     out = tmp_path / "out"
     result = run("quantize", TINY, "-m", "rtn", "--bits", 8, "--symmetric", "--out", out, "--json")
     record = json.loads(result.stdout)
-    assert record == checkpoint.read_record(out)
+    assert checkpoint.read_record(out) == {**record, "files": ANY}
     assert record["format"] == "int8-g64-sym-bf16"
     assert record["calibration"] == {}
 
@@ -292,7 +297,10 @@ def test_wrong_usage_exits_with_2_and_names_the_option(arguments, says):
     assert result.exit_code == 2
     assert result.stdout == ""
     assert says in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error[QF-2")
+    assert result.stderr.count("\n") == 1
+    printed = run(*arguments, "--json")
+    assert json.loads(printed.stdout)["error"]["code"].startswith("QF-2")
 
 
 def test_inspect_of_what_is_no_checkpoint(tmp_path):
@@ -345,3 +353,45 @@ def test_an_exception_that_is_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("quantforge.recipe.catalogue", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("methods")
+
+
+@pytest.mark.parametrize("arguments", [["--device", "tpu"], ["--seq-len", 513], ["--calib", "nosuch"]])
+def test_a_dry_run_finds_what_the_run_would(arguments, tmp_path):
+    asked = ["quantize", TINY, "--out", tmp_path / "out", *arguments]
+    dry, real = run(*asked, "--dry-run"), run(*asked)
+    assert dry.exit_code == real.exit_code != 0
+    assert dry.stderr == real.stderr
+
+
+def test_a_text_set_that_does_not_exist_is_refused_by_methods_that_need_none(tmp_path):
+    result = run("quantize", TINY, "-m", "rtn", "--calib", "python-dosc", "--out", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "did you mean 'python-docs'" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_end_leaves_nothing_half_written(number, tmp_path, monkeypatch):
+    def told(*args: object) -> None:
+        assert list(tmp_path.iterdir()) != []
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("quantforge.result._write", told)
+    before = signal.getsignal(number)
+    try:
+        result = run("quantize", TINY, "-m", "rtn", "--out", tmp_path / "out")
+    finally:
+        signal.signal(number, before)
+    assert result.exit_code == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line(quantized):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "quantforge", "inspect", quantized[0]], stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False, cwd=ROOT,
+        )  # fmt: skip
+    assert result.returncode == 5
+    assert result.stderr.startswith("error[QF-513]")
+    assert result.stderr.count("\n") == 1

@@ -12,6 +12,7 @@ import quantforge
 from quantforge import api, checkpoint, record, report
 from quantforge.calibrate import corpus
 from quantforge.errors import PlanError, RecipeError
+from quantforge.memory import PeakMemory
 from quantforge.models import load as loading
 from quantforge.record import Report, Run
 
@@ -186,3 +187,17 @@ def test_what_cannot_work_is_refused_before_weights_are_read(what, error, says, 
         quantforge.compare(TINY, **{**shared, "out": tmp_path / "report", **what})
     assert says in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_memory_does_not_depend_on_the_order_of_the_runs(shared, monkeypatch):
+    counted = []
+
+    class Told(PeakMemory):
+        def __init__(self, device, above):
+            super().__init__(device, above)
+            counted.append(above)
+
+    monkeypatch.setattr("quantforge.api.PeakMemory", Told)
+    quantforge.compare(TINY, methods=["gptq", "rtn"], bits=[4, 3], **shared)
+    assert len(counted) == 4
+    assert len(set(counted)) == 1

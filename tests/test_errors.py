@@ -82,7 +82,7 @@ def test_pick_returns_what_is_known_and_lists_all_otherwise():
     with pytest.raises(RecipeError) as caught:
         pick("method", "gtpq", iter(["gptq", "rtn"]))
     assert str(caught.value) == (
-        "error[QF-201]: no method is called 'gtpq': did you mean 'gptq'? There are: gptq, rtn."
+        "error[QF-201]: no method is called 'gtpq': did you mean 'gptq'? there are: gptq, rtn."
     )
-    with pytest.raises(RecipeError, match="There are: none"):
+    with pytest.raises(RecipeError, match="there are: none"):
         pick("method", "gptq", [])

@@ -64,7 +64,7 @@ def test_rows_and_progress_come_in_the_order_of_the_plan(kind, method):
     plan = planning.make(model, recipe.load(method, group_size=32), torch.float32)
     told = []
     rows = pipeline.quantize(model, plan, tokens(2) if method == "gptq" else None, told.append)
-    assert [row.name for row in rows] == list(plan.layers) == list(pipeline.step_count(plan))
+    assert [row.name for row in rows] == list(plan.layers)
     assert told == rows
     assert all(row.tokens == (48 if method == "gptq" else 0) for row in rows)
     assert all(row.seconds >= 0 for row in rows)

@@ -97,7 +97,7 @@ def test_a_method_keeps_its_own_solver_so_that_its_name_and_paper_stay_true():
         ({"solver.damp_percent": "inf"}, "between 0 and 1, not inf"),
         ({"solver.block_size": 0}, "at least 1, not 0"),
         ({"solver.range": "nearest"}, "'nearest'"),
-        ({"weights": "int4"}, "There are: solver"),
+        ({"weights": "int4"}, "there are: solver"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

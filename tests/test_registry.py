@@ -116,7 +116,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_option_and_the_type(examp
 
 
 def test_an_unknown_option_gives_the_nearest_and_all(example):
-    with pytest.raises(RecipeError, match=r"did you mean 'count'\? It has: share, count, flag, word") as caught:
+    with pytest.raises(RecipeError, match=r"did you mean 'count'\? it has: share, count, flag, word") as caught:
         registry.create("solver", example, {"cuont": 1})
     assert caught.value.number == 202
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,8 +15,12 @@ from quantforge.errors import PlanError, QuantForgeError, ResourceError
 from quantforge.store import MARK, check_target, publish, write_text
 
 
+def mark(text: str) -> str:
+    return json.dumps({"about": text, "files": ["deep"]})
+
+
 def fill(folder: Path, text: str) -> None:
-    (folder / MARK).write_text(text)
+    (folder / MARK).write_text(mark(text))
     (folder / "deep").mkdir()
     (folder / "deep" / "weights").write_text(text * 100)
 
@@ -25,7 +30,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def whole(text: str) -> dict[str, str]:
-    return {MARK: text, "deep/weights": text * 100}
+    return {MARK: mark(text), "deep/weights": text * 100}
 
 
 @pytest.fixture
@@ -299,3 +304,14 @@ def test_the_result_can_be_moved_and_removed_by_its_owner(tmp_path):
     shutil.move(tmp_path / "out", tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "elsewhere")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("record", ["{}", "not json", '{"files": 3}', '{"files": ["weights"]}'])
+def test_a_file_of_the_users_own_in_a_checkpoint_keeps_it_from_being_replaced(tmp_path, record):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / MARK).write_text(record)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(PlanError, match=r"QF-268.*'notes.txt'"):
+        check_target(out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"

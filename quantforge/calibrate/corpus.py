@@ -65,6 +65,14 @@ def set_names() -> list[str]:
     return sorted({name for folder in _FOLDERS.values() for name in definitions(folder)})
 
 
+def check_name(name: str, part: Part) -> None:
+    """Raise DataError unless `name` is a set that has `part`, or a file that can be text; nothing is read."""
+    if name in set_names():
+        _definition(name, part)
+    else:
+        _check_path(name, Path(name))
+
+
 def load_text(name: str, part: Part) -> Text:
     """Return the `part` of the set `name`, or the text of the file `name` (.txt or .jsonl), the same for either part.
 
@@ -174,9 +182,9 @@ def _check_path(name: str, path: Path) -> None:
     if path.suffix.lower() not in _SUFFIXES:
         if path.exists():
             raise DataError(404, f"{name!r} ends in {path.suffix!r}; accepted are {accepted}.")
-        raise DataError(401, f"no text set or file is called {name!r}: {nearest(name, known)}Accepted are {accepted}.")
+        raise DataError(401, f"no text set or file is called {name!r}: {nearest(name, known)}accepted are {accepted}.")
     if not path.exists():
-        raise DataError(401, f"the file {name!r} does not exist: {nearest(path.stem, known)}Accepted are {accepted}.")
+        raise DataError(401, f"the file {name!r} does not exist: {nearest(path.stem, known)}accepted are {accepted}.")
     if not path.is_file():
         raise DataError(404, f"{name!r} is no ordinary file; accepted are {accepted}.")
 

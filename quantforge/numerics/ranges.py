@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantforge.numerics.blocks import spread, tiles
+from quantforge.numerics.blocks import tiles
 from quantforge.numerics.formats import Format
 
 _CHUNK = 1 << 17  # elements searched at once
@@ -148,8 +148,3 @@ def rule(name: str) -> RangeRule:
     if name not in RULES:
         raise ValueError(f"no range rule is called {name!r}; there are {', '.join(RULES)}")
     return RULES[name]
-
-
-def per_element(r: Range, shape: tuple[int, int], fmt: Format) -> Range:
-    """Repeat a range over the matrix → scale and zero of `shape`."""
-    return Range(spread(r.scale, shape, fmt.block), spread(r.zero, shape, fmt.block))

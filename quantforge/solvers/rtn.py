@@ -13,19 +13,23 @@ from quantforge.registry import register
 @register("solver", "rtn")
 @dataclass(frozen=True)
 class RTN:
-    """Round each weight to the nearest value of its block's range; needs no data.
+    """Round each weight to the nearest value of its block's range; needs no data, unless the range rule does.
 
-    range  how a block's range is found: minmax, percentile or mse
+    range  how a block's range is found: minmax, percentile, mse, or hessian (squared error weighted by diag(H))
     """
 
     range: str = "minmax"
 
-    needs = ()
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the statistics it wants collected."""
+        return ("hessian",) if self.range == "hessian" else ()
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)
 
     def solve(self, problem: Problem) -> QWeight:
         """Round `problem.weight` [out, in] in `problem.format`."""
-        r = ranges.rule(self.range)(problem.weight, problem.format)
+        importance = None if problem.hessian is None else problem.hessian.diagonal()
+        r = ranges.rule(self.range)(problem.weight, problem.format, importance)
         return QWeight(quantize(problem.weight, r, problem.format), {})

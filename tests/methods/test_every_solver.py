@@ -75,7 +75,7 @@ def test_the_problem_is_left_alone_and_the_answer_repeats(problem, solver, fmt, 
     assert torch.equal(first.dequantize(), second.dequantize())
 
 
-@pytest.mark.parametrize("solver", [n for n in SOLVERS if "hessian" in find("solver", n).needs])
+@pytest.mark.parametrize("solver", [n for n in SOLVERS if "hessian" in create("solver", n).needs])
 @given(**LAYERS)
 @settings(max_examples=80)
 def test_solvers_that_see_data_never_lose_to_rounding(problem, solver, fmt, out, width, seed, x, w):
@@ -84,7 +84,7 @@ def test_solvers_that_see_data_never_lose_to_rounding(problem, solver, fmt, out,
     assert p.loss(create("solver", solver).solve(p).dequantize()) <= plain * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("solver", [n for n in SOLVERS if "hessian" not in find("solver", n).needs])
+@pytest.mark.parametrize("solver", [n for n in SOLVERS if "hessian" not in create("solver", n).needs])
 def test_solvers_that_see_no_data_need_none(problem, solver):
     p = problem()
     blind = create("solver", solver).solve(Problem(p.name, p.weight, p.format))

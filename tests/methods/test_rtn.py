@@ -57,3 +57,16 @@ def test_a_zero_point_gains_on_rows_of_one_sign(problem):
 def test_an_unknown_range_is_refused():
     with pytest.raises(ValueError, match="no range rule is called 'max'"):
         RTN(range="max")
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_ranges_weighted_by_the_inputs_lose_no_more_on_the_diagonal(problem, fmt):
+    p = problem(fmt, 8, 48, x="heavy", w="outliers")
+    importance = p.hessian.diagonal()
+    losses = [
+        float(((p.weight - RTN(range=rule).solve(p).dequantize()).square() * importance).sum())
+        for rule in ("minmax", "hessian")
+    ]
+    assert RTN(range="hessian").needs == ("hessian",)
+    assert RTN().needs == ()
+    assert losses[1] <= losses[0]

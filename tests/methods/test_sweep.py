@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantforge.calibrate.stats import Hessian
-from quantforge.numerics.ranges import minmax, per_element, round_to
+from quantforge.numerics.blocks import spread
+from quantforge.numerics.ranges import minmax, round_to
 from quantforge.solvers.sweep import inverse_factor, sweep
 
 INPUTS = ["white", "correlated", "ar", "heavy", "deficient", "dead"]
@@ -16,8 +17,9 @@ SEEDS = st.integers(0, 9999)
 
 def rounder(p, clamp=True):
     """Return the function (natural column, its values) → the column as stored under the layer's min-max range."""
-    r = per_element(minmax(p.weight, p.format), tuple(p.weight.shape), p.format)
-    scale, zero = (s.expand(p.weight.shape).double() for s in (r.scale, r.zero))
+    shape = tuple(p.weight.shape)
+    r = minmax(p.weight, p.format)
+    scale, zero = (spread(s, shape, p.format.block).expand(shape).double() for s in (r.scale, r.zero))
 
     def rounded(j, column):
         if clamp:
