@@ -51,7 +51,7 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
         if strangers:
             raise PlanError(
                 268,
-                f"--out {out} also holds {strangers[0]!r}, which quantforge did not write; move it elsewhere first.",
+                f"--out {out} also holds {strangers[0]!r}, which quantforge did not write; move it away first.",
             )
     check_writable(out.parent)
 

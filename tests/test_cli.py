@@ -389,9 +389,13 @@ def test_a_run_that_is_told_to_end_leaves_nothing_half_written(number, tmp_path,
 def test_a_full_disk_behind_stdout_is_one_line(quantized):
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            [sys.executable, "-m", "quantforge", "inspect", quantized[0]], stdout=full, stderr=subprocess.PIPE, text=True,
-            check=False, cwd=ROOT,
-        )  # fmt: skip
+            [sys.executable, "-m", "quantforge", "inspect", quantized[0]],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
     assert result.returncode == 5
     assert result.stderr.startswith("error[QF-513]")
     assert result.stderr.count("\n") == 1
