@@ -1,7 +1,9 @@
 """The two plots of the report as inline SVG: perplexity over bits per weight, and loss over depth.
 
-Figures are drawn in the light palette; `svg` turns each of its colours into the CSS variable of the page, so that one
-drawing serves light and dark. Text stays text, in the page's font; names must be free of control characters.
+In both, colour and marker say the series (a method with its format but for the width) and dashes say the width; each
+plot has a wide and a narrow drawing, for screens and phones. Figures are drawn in the light palette; `svg` turns each
+of its colours into the CSS variable of the page, so that one drawing serves light and dark. Text stays text, in the
+page's font; names must be free of control characters.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import StringIO
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -20,7 +23,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
 if TYPE_CHECKING:
     from quantforge.record import Run
@@ -30,11 +33,13 @@ PALETTE = {
     "#2f6296": "--c1", "#bb5420": "--c2", "#1f7f6c": "--c3", "#80509c": "--c4", "#917000": "--c5", "#b0486f": "--c6",
 }  # fmt: skip
 PAPER, INK, SOFT, RULE, GRID, *COLORS = PALETTE
-MARKERS = "osD^vPX"  # seven, against six colours: a pair of both repeats only after 42 methods
+MARKERS = "osD^vPX"  # seven, against six colours: a pair of both repeats only after 42 series
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (1.2, 1.4), (6, 1.5, 1.2, 1.5), (9, 2), (2.5, 2.5))
-WIDTH = 9.6  # inches; 72 units of the drawing each
-MOST_RUNS, MOST_KINDS = 24, 12  # more cannot be told apart
+WIDE, NARROW = 9.6, 4.9  # inches; 72 units of the drawing each
+LEFT, RIGHT, ROW, TITLE = 0.62, 0.14, 0.23, 0.36  # inches: margins, a row of the legend, room above a panel
+MOST_SERIES, MOST_LINES, MOST_KINDS = 42, 8, 12  # more cannot be told apart
 
+Key = tuple[str, str]
 Point = tuple[float, float]
 
 
@@ -55,38 +60,77 @@ def _style() -> Iterator[None]:
         yield
 
 
-def perplexity_figure(runs: Sequence[Run]) -> Figure:
-    """Draw perplexity against bits per weight: a line per method over its widths, the float model as a level line."""
-    shown = [r for r in runs if _drawable(r.perplexity)]
-    levels = [r for r in shown if r.bits is None][:3]
-    series = _series(r for r in shown if r.bits is not None and 0 < r.bits_per_weight < 1000)
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn, the same in both plots."""
+
+    name: str
+    color: str
+    marker: str
+
+
+def series(run: Run) -> Key:
+    """Return what runs share that differ in width alone: the method, and the label without the width."""
+    rest = run.label.removeprefix(run.method)  # whose name may hold the same number
+    return run.method, run.label[: len(run.label) - len(rest)] + re.sub(rf"(?<!\d){run.bits}(?!\d)", "", rest, count=1)
+
+
+def looks(runs: Sequence[Run]) -> dict[Key, Look]:
+    """Give each series of the quantized `runs` a colour, a marker and the shortest name that tells it from others."""
+    groups: dict[Key, list[Run]] = {}
+    for run in runs:
+        if run.bits is not None:
+            groups.setdefault(series(run), []).append(run)
+    methods = [method for method, _ in groups]
+    found = {}
+    for i, ((method, rest), members) in enumerate(groups.items()):
+        name = method if methods.count(method) == 1 else members[0].label if len(members) == 1 else rest
+        found[method, rest] = Look(name[:36], COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
+    return found
+
+
+def perplexity_series(runs: Sequence[Run]) -> dict[Key, list[Run]]:
+    """Return the runs that the plot of perplexity draws, by series, narrow to wide."""
+    found: dict[Key, list[Run]] = {}
+    for run in runs:
+        if run.bits is not None and _drawable(run.perplexity) and 0 < run.bits_per_weight < 1000:
+            found.setdefault(series(run), []).append(run)
+    first = list(found.items())[:MOST_SERIES]
+    return {key: sorted(members, key=lambda run: run.bits_per_weight) for key, members in first}
+
+
+def perplexity_figure(runs: Sequence[Run], width: float = WIDE) -> Figure:
+    """Draw perplexity against bits per weight, `width` inches wide: a mark per run, the float model as a level line.
+
+    The marks of a series that has several widths are joined by a line.
+    """
+    drawn, look = perplexity_series(runs), looks(runs)
+    levels = [run for run in runs if run.bits is None and _drawable(run.perplexity)][:3]
     with _style():
-        figure = Figure(figsize=(WIDTH, 4.7), facecolor="none")
-        axes = figure.add_axes((0.065, 0.115, 0.915, 0.80))
-        if not series:
-            return _empty(figure, axes, "No perplexity of a quantized model was measured.")
-        _set_limits(
-            axes,
-            [(r.bits_per_weight, r.perplexity) for rs in series.values() for r in rs],
-            levels,
-            max(map(len, series)),
-        )
-        colors = _by_method(runs)
-        labels = []
-        for name, members in series.items():
-            color, marker = colors[members[0].method]
-            points = [(r.bits_per_weight, r.perplexity) for r in members]
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=6.5, linewidth=1.8,
-                      markeredgecolor=PAPER, markeredgewidth=1.1, zorder=3)  # fmt: skip
-            labels.append((points[0], name, color))
+        if not drawn:
+            return _empty(width, "No perplexity of a quantized model was measured.")
+        handles = [(look[key].name, _mark(look[key], joined=len(members) > 1)) for key, members in drawn.items()]
+        columns = _columns([name for name, _ in handles], width)
+        above = ROW * math.ceil(len(handles) / columns) + 0.42
+        high = above + 0.48 * width**0.5 + 2.4
+        figure = Figure(figsize=(width, high), facecolor="none")
+        axes = _axes(figure, (LEFT, 0.5, width - LEFT - RIGHT, high - above - 0.5))
+        _set_limits(axes, [(run.bits_per_weight, run.perplexity) for rs in drawn.values() for run in rs], levels)
+        for key, members in drawn.items():
+            axes.plot([run.bits_per_weight for run in members], [run.perplexity for run in members],
+                      color=look[key].color, marker=look[key].marker, markersize=6.5, linewidth=1.6,
+                      markeredgecolor=PAPER, markeredgewidth=0.9, zorder=3)  # fmt: skip
         for level in levels:
             axes.axhline(level.perplexity, color=SOFT, linewidth=1.1, dashes=(4, 3), zorder=2)
-            axes.annotate(f"{level.label[:32]} {level.perplexity:,.3f}", (1, level.perplexity), (0, -4),
-                          xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
+            axes.annotate(f"{level.label[:32]} {level.perplexity:,.3f}", (0, level.perplexity), (4, -4),
+                          xycoords=("axes fraction", "data"), textcoords="offset points", ha="left", va="top",
                           color=SOFT, parse_math=False)  # fmt: skip
-        _label_beside(axes, labels)
+        if len(drawn) > 1 and len({_width(run) for members in drawn.values() for run in members}) == 1:
+            letters = int(13.6 * ((width - LEFT - RIGHT) / 2 - 0.55))
+            _label_column(axes, [(members[0], look[key].name[:letters]) for key, members in drawn.items()])
         axes.set_xlabel("bits per weight", loc="right", labelpad=6)
-        axes.text(-0.07, 1.035, "perplexity", transform=axes.transAxes, color=SOFT)
+        figure.text(0.0, 1 - (above - 0.16) / high, "perplexity", color=SOFT)
+        _legend(figure, handles, columns)
     return figure
 
 
@@ -94,34 +138,27 @@ def _drawable(value: float) -> bool:
     return 1e-30 < value < 1e30  # the limits leave room for margins on a log scale
 
 
-def _series(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Group runs that differ in width alone, narrow to wide, under the shortest name that tells the groups apart."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in list(runs)[:MOST_RUNS]:
-        rest = re.sub(rf"(?<!\d){run.bits}(?!\d)", "", run.label, count=1)
-        groups.setdefault((run.method, rest), []).append(run)
-    methods = [method for method, _ in groups]
-    names: dict[str, list[Run]] = {}
-    for (method, rest), members in groups.items():
-        alone = methods.count(method) == 1
-        name = (method if alone else members[0].label if len(members) == 1 else rest)[:32]
-        names.setdefault(name, []).extend(members)
-    return {name: sorted(members, key=lambda r: r.bits_per_weight) for name, members in names.items()}
+def _mark(look: Look, joined: bool) -> Line2D:
+    return Line2D([], [], color=look.color, marker=look.marker, markersize=6, markeredgecolor=PAPER,
+                  markeredgewidth=0.7, linewidth=1.6, linestyle="-" if joined else "")  # fmt: skip
 
 
-def _by_method(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
-    """Give each method that quantizes a colour and a marker, in order of appearance."""
-    methods = list(dict.fromkeys(run.method for run in runs if run.bits is not None))
-    return {m: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+def _axes(figure: Figure, box: tuple[float, float, float, float], shared: Axes | None = None) -> Axes:
+    """Add axes at (left, bottom, width, height) in inches, with the scales of `shared`."""
+    wide, high = figure.get_size_inches()
+    left, bottom, width, height = box
+    place = (left / wide, bottom / high, width / wide, height / high)
+    return figure.add_axes(place, sharex=shared, sharey=shared)
 
 
-def _set_limits(axes: Axes, points: list[Point], levels: list[Run], letters: int) -> None:
-    """Set scales and limits, with room at the left for labels of so many letters."""
+def _set_limits(axes: Axes, points: list[Point], levels: list[Run]) -> None:
+    """Set scales, limits and ticks: half a bit of room at both sides, a log scale where perplexity spreads."""
     xs, ys = [x for x, _ in points], [y for _, y in points] + [level.perplexity for level in levels]
-    span = max(max(xs) - min(xs), 0.5)
-    room = min(0.4, 0.04 + 0.0095 * letters)
-    axes.set_xlim(min(xs) - span * room / (1 - room), max(xs) + 0.06 * span)
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    room = max(0.5, 0.06 * (max(xs) - min(xs)))
+    axes.set_xlim(min(xs) - room, max(xs) + room)
+    span = max(xs) - min(xs) + 2 * room
+    step = 0.25 if span < 1.5 else 0.5 if span < 3.5 else 1
+    axes.xaxis.set_major_locator(MultipleLocator(step) if span < 12 else MaxNLocator(8, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x >= 0 else ""))
     if max(ys) / min(ys) > 4:
         axes.set_yscale("log")
@@ -136,50 +173,100 @@ def _set_limits(axes: Axes, points: list[Point], levels: list[Run], letters: int
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
 
 
+def _width(run: Run) -> str:
+    return f"{run.bits_per_weight:.1f}"
+
+
+def _label_column(axes: Axes, labels: list[tuple[Run, str]]) -> None:
+    """Name marks that lie above each other, in turn at the left and the right, moved apart, with a line to the mark."""
+    unit = axes.figure.dpi / 72
+    spots = [(axes.transData.transform((run.bits_per_weight, run.perplexity))[1] / unit, run, n) for run, n in labels]
+    spots.sort(key=lambda spot: spot[0])
+    for side, alignment in ((1, "left"), (-1, "right")):
+        own = spots[0 if side == 1 else 1 :: 2]
+        heights: list[float] = []
+        for height, _, _ in own:
+            heights.append(max(height, heights[-1] + 11.5) if heights else height)
+        lift = fmean(h - spot[0] for h, spot in zip(heights, own, strict=True)) if own else 0
+        for height, (y, run, name) in zip(heights, own, strict=True):
+            axes.annotate(name, (run.bits_per_weight, run.perplexity), (32 * side, height - lift - y),
+                          textcoords="offset points", ha=alignment, va="center", fontsize=9, parse_math=False, zorder=4,
+                          arrowprops={"arrowstyle": "-", "color": SOFT, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4},
+                          )  # fmt: skip
+
+
 def _tick(value: float, _: int | None) -> str:
     return f"{value:,.10g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.0e}"
 
 
-def _label_beside(axes: Axes, labels: list[tuple[Point, str, str]]) -> None:
-    """Write each label to the left of its point, moved up where it would lie on another."""
-    height = 13.5 * axes.figure.dpi / 72
-    placed: list[Point] = []
-    for (x, y), name, color in sorted(labels, key=lambda item: item[0][1]):
-        right, wanted = axes.transData.transform((x, y))
-        near = [top for end, top in placed if abs(end - right) < 8 * height]
-        center = max([wanted, *(top + height for top in near)])
-        placed.append((right, center))
-        axes.annotate(name, (x, y), (-9, (center - wanted) * 72 / axes.figure.dpi), textcoords="offset points",
-                      ha="right", va="center", color=color, fontsize=10, fontweight="bold", parse_math=False,
-                      zorder=4)  # fmt: skip
+def loss_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs whose losses are drawn: all where few, else those of the narrowest width that has several.
+
+    Where these are still too many, the ones with the lowest perplexity.
+    """
+    found = [run for run in runs if run.bits is not None and _depths(run)]
+    if len(found) > MOST_LINES:
+        widths = [run.bits for run in found if run.bits is not None]
+        narrowest = min([bits for bits in widths if widths.count(bits) > 1] or widths)
+        found = [run for run in found if run.bits == narrowest]
+    places = sorted(range(len(found)), key=lambda i: found[i].perplexity if _drawable(found[i].perplexity) else 1e30)
+    return [found[i] for i in sorted(places[:MOST_LINES])]
 
 
-def loss_figure(runs: Sequence[Run]) -> Figure:
-    """Draw relative loss over depth on a log scale: a panel per kind of layer, a line per run."""
-    shown = [run for run in runs if _depths(run)][:MOST_RUNS]
-    kinds = list(dict.fromkeys(kind for run in shown for kind in _depths(run)))[:MOST_KINDS]
-    across = len(kinds) if 0 < len(kinds) <= 4 else min((4, 3), key=lambda n: -len(kinds) % n)  # the fewest gaps
-    down = max(1, math.ceil(len(kinds) / across))
+def loss_kinds(runs: Sequence[Run]) -> list[str]:
+    """Return the kinds of layer that `runs` have losses of."""
+    return list(dict.fromkeys(kind for run in runs for kind in _depths(run)))
+
+
+def loss_figure(runs: Sequence[Run], width: float = WIDE) -> Figure:
+    """Draw relative loss over depth on a log scale, `width` inches wide: a panel per kind of layer, a line per run."""
+    shown = loss_runs(runs)
+    kinds = loss_kinds(shown)[:MOST_KINDS]
     with _style():
-        legend = 0.3 + 0.24 * math.ceil(len(shown) / 4)
-        high = legend + 2.5 * down + 0.3
-        figure = Figure(figsize=(WIDTH, high if kinds else 1.6), facecolor="none")
         if not kinds:
-            return _empty(figure, figure.add_axes((0.05, 0.1, 0.9, 0.8)), "No loss by layer was recorded.")
-        panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
-        figure.subplots_adjust(0.065, 0.42 / high, 0.985, 1 - (legend + 0.25) / high, wspace=0.09, hspace=0.26)
-        colors, dashes = _by_method(runs), _by_width(shown)
-        drawn = zip(panels, [*kinds, *[None] * (down * across - len(kinds))], strict=True)
-        for place, (axes, kind) in enumerate(drawn):
-            if kind is None:
-                axes.set_visible(False)
-                continue
-            for run in shown:
+            return _empty(width, "No loss by layer was recorded.")
+        look, dashes = looks(runs), _dashes(shown)
+        used = {series(run): look[series(run)] for run in shown}
+        handles = [(each.name, _mark(each, joined=True)) for each in used.values()]
+        widths = sorted({run.bits for run in shown if run.bits is not None}, reverse=True)
+        if len(widths) > 1:
+            handles += [(_bits(w), Line2D([], [], color=SOFT, linewidth=1.4, linestyle=dashes[w])) for w in widths]
+        columns = _columns([name for name, _ in handles], width)
+        rows = _rows(len(kinds), 4 if width > 7 else 2)
+        above, deep = ROW * math.ceil(len(handles) / columns) + 0.15, TITLE + 2.2
+        high = above + deep * len(rows) + 0.2
+        figure = Figure(figsize=(width, high), facecolor="none")
+        first: Axes | None = None
+        boxes = [
+            (LEFT + i * (width - LEFT - RIGHT + 0.2) / across, high - above - (down + 1) * deep + 0.3,
+             (width - LEFT - RIGHT + 0.2) / across - 0.2, deep - TITLE - 0.3)
+            for down, across in enumerate(rows) for i in range(across)
+        ]  # fmt: skip
+        for kind, box in zip(kinds, boxes, strict=True):
+            axes = _axes(figure, box, first)
+            first = first or axes
+            for place, run in enumerate(shown):
                 points = _depths(run).get(kind, [])
-                axes.plot([x for x, _ in points], [y for _, y in points], **_line(run, colors, dashes), clip_on=False)
-            _finish_panel(axes, kind[:32], last=place + across >= len(kinds))
-        _legend(figure, shown, [Line2D([], [], **_line(run, colors, dashes)) for run in shown])
+                each = look[series(run)]
+                axes.plot([x for x, _ in points], [y for _, y in points], color=each.color, marker=each.marker,
+                          markersize=4, markeredgecolor=PAPER, markeredgewidth=0.5, linewidth=1.3, clip_on=False,
+                          linestyle=dashes[run.bits], markevery=_sparsely(len(points), place))  # fmt: skip
+            _finish_panel(axes, kind[:32], leftmost=box[0] == LEFT)
+        axes.set_xlabel("block", loc="right", labelpad=1)
+        _legend(figure, handles, columns)
     return figure
+
+
+def _rows(panels: int, most: int) -> list[int]:
+    """Share panels out over rows of at most `most`, so evenly that no row has a hole: its panels fill its width."""
+    down = math.ceil(panels / most)
+    return [panels // down + (i < panels % down) for i in range(down)]
+
+
+def _sparsely(points: int, place: int) -> tuple[int, int]:
+    """Return where the markers of line number `place` go: on more than 16 points they would hide the lines."""
+    step = max(1, points // 6) if points > 16 else 1
+    return (2 * place % step, step)
 
 
 def _depths(run: Run) -> dict[str, list[Point]]:
@@ -192,60 +279,59 @@ def _depths(run: Run) -> dict[str, list[Point]]:
     return {kind: [(x, fmean(ys)) for x, ys in sorted(blocks.items())] for kind, blocks in found.items()}
 
 
-def _by_width(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
-    """Give each number of bits per weight, as `_width` writes it, a dash pattern; the widest gets a solid line."""
-    widths = dict.fromkeys(map(_width, sorted(runs, key=lambda run: -run.bits_per_weight)))
-    return {width: DASHES[i % len(DASHES)] for i, width in enumerate(widths)}
+def _dashes(runs: Sequence[Run]) -> dict[int | None, Any]:
+    """Give each width a pattern of dashes; the widest is solid."""
+    widths = sorted({run.bits for run in runs if run.bits is not None}, reverse=True)
+    return {bits: (0, DASHES[i % len(DASHES)]) if i % len(DASHES) else "-" for i, bits in enumerate(widths)}
 
 
-def _width(run: Run) -> str:
-    return f"{run.bits_per_weight:.3f}"  # the group size shows too, which `bits` does not tell
+def _bits(count: int) -> str:
+    return f"{count} bit" if count == 1 else f"{count} bits"
 
 
-def _line(run: Run, colors: dict[str, tuple[str, str]], dashes: dict[str, tuple[float, ...]]) -> dict[str, Any]:
-    """Return how the line of `run` looks: colour and marker say the method, dashes the bits per weight."""
-    color, marker = colors.get(run.method, (SOFT, "o"))
-    pattern = dashes[_width(run)]
-    sparse = max(map(len, _depths(run).values())) <= 16  # on more blocks markers hide the lines
-    return {
-        "color": color, "marker": marker if sparse else "", "markersize": 4, "markeredgecolor": PAPER,
-        "markeredgewidth": 0.6, "linewidth": 1.4, "linestyle": (0, pattern) if pattern else "-",
-    }  # fmt: skip
-
-
-def _finish_panel(axes: Axes, title: str, last: bool) -> None:
+def _finish_panel(axes: Axes, title: str, leftmost: bool) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=7))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(_share))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.tick_params(labelbottom=last)
+    axes.tick_params(labelleft=leftmost)
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=7, parse_math=False)
-    if last:
-        axes.set_xlabel("block", loc="right", labelpad=2)
 
 
 def _share(value: float, _: int | None) -> str:
     return f"{100 * value:.10g} %" if 1e-6 <= value < 1e4 else f"{value:.0e}"
 
 
-def _legend(figure: Figure, runs: Sequence[Run], lines: list[Line2D]) -> None:
-    legend = figure.legend(lines, ["-"] * len(runs), loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=4,
-                           frameon=False, handlelength=2.8, columnspacing=2.0, borderpad=0.1)  # fmt: skip
-    for text, run in zip(legend.get_texts(), runs, strict=True):  # set afterwards: a label "_x" would hide the entry
+def _columns(names: list[str], width: float) -> int:
+    """Return how many columns a legend of these names has in a figure of `width` inches."""
+    most = max(1, int(width / (0.66 + 0.078 * max(map(len, names)))))
+    rows = math.ceil(len(names) / most)
+    return math.ceil(len(names) / rows)
+
+
+def _legend(figure: Figure, handles: list[tuple[str, Line2D]], columns: int) -> None:
+    legend = figure.legend([line for _, line in handles], ["-"] * len(handles), loc="upper left", ncols=columns,
+                           bbox_to_anchor=(0.0, 1.0), frameon=False, handlelength=2.6, columnspacing=1.6,
+                           borderpad=0.1, labelspacing=0.45, borderaxespad=0.1)  # fmt: skip
+    for text, (name, _) in zip(legend.get_texts(), handles, strict=True):  # set afterwards: "_x" would hide the entry
         text.set_parse_math(False)
-        text.set_text(run.label[:36])
+        text.set_text(name)
 
 
-def _empty(figure: Figure, axes: Axes, message: str) -> Figure:
+def _empty(width: float, message: str) -> Figure:
+    figure = Figure(figsize=(width, 1.6), facecolor="none")
+    axes = figure.add_axes((0.05, 0.1, 0.9, 0.8))
     axes.set_axis_off()
     axes.text(0.5, 0.5, message, transform=axes.transAxes, ha="center", va="center", color=SOFT)
     return figure
 
 
-def svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str, about: str = "") -> str:
     """Return `figure` as an SVG element to be put inside HTML, its ids led by `name`, its colours those of the page.
+
+    `about` is what it is called where it is not seen.
 
     The same figure gives the same text: ids are hashes of what they name, and neither date nor version is written.
     """
@@ -264,7 +350,7 @@ def svg(figure: Figure, name: str) -> str:
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.set("role", "img")
-    root.set("aria-label", f"Plot of {name}")
+    root.set("aria-label", about or f"Plot of {name}")
     ElementTree.indent(root, "")
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 

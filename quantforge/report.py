@@ -7,6 +7,7 @@ the same bytes. Every name in it is untrusted text: each file escapes what it pr
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
 from base64 import b64encode
@@ -20,10 +21,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantforge.errors import clean
-from quantforge.record import Report, Run, to_json
+from quantforge.record import LayerRow, Report, Run, to_json
 from quantforge.store import write_text
 
 MISSING = "n/a"
+SIZE = "size (MB)"
+COMPUTED = "computed from the parameter counts, not the size of a file"
+MOST_ROWS, FEW_ROWS = 6000, 20  # of layers in a page: all of them, or so many of each run
+MOST_RECORD = 1_000_000  # characters of the record inside a page
 
 
 def escape_markdown(text: str) -> Markup:
@@ -43,6 +48,21 @@ def number(value: float | None, spec: str, unit: float = 1.0) -> str:
 def perplexity(value: float) -> str:
     """Format a perplexity: three decimals, scientific above 10⁴."""
     return number(value, ".3e" if value > 1e4 else ".3f")
+
+
+def width_in_words(bits: int | None) -> str:
+    """Say a width: "1 bit", "4 bits", "float"."""
+    return "float" if bits is None else f"{bits} bit" if bits == 1 else f"{bits} bits"
+
+
+def memory(run: Run) -> str:
+    """Format a run's peak memory in megabytes.
+
+    "n/a" where nothing was quantized or measured: a peak of 0 only says that it stayed below an earlier one.
+    """
+    if run.bits is None or run.peak_memory_bytes is None or run.peak_memory_bytes <= 0:
+        return MISSING
+    return number(run.peak_memory_bytes, ".1f", 1e6) if run.peak_memory_bytes >= 50_000 else "< 0.1"
 
 
 def plain(value: Any) -> str:
@@ -88,17 +108,28 @@ COLUMNS = (
            lambda r: perplexity(r.perplexity)),
     Column("KL", "mean KL divergence from the float model, nats per token", lambda r: r.kl,
            lambda r: number(r.kl, "z.4f")),
-    Column("size (MB)", "of the saved model, 10⁶ bytes", lambda r: r.bytes_on_disk,
+    Column(SIZE, "of the saved model, 10⁶ bytes", lambda r: r.bytes_on_disk,
            lambda r: number(r.bytes_on_disk, ".1f", 1e6)),
-    Column("seconds", "to quantize", lambda r: r.seconds, lambda r: number(r.seconds, ".1f")),
-    Column("peak memory (MB)", "above the loaded model, 10⁶ bytes", lambda r: r.peak_memory_bytes,
-           lambda r: number(r.peak_memory_bytes, ".1f", 1e6)),
+    Column("seconds", "to quantize", lambda r: r.seconds,
+           lambda r: MISSING if r.bits is None else number(r.seconds, ".1f")),
+    Column("peak memory (MB)", "above the loaded model, 10⁶ bytes", lambda r: r.peak_memory_bytes, lambda r: memory(r)),
 )  # fmt: skip
 
 
 def table(report: Report) -> str:
     """Return the table of results alone, in Markdown, one row per run."""
-    rows = [[escape_markdown(column.text(run)) for column in COLUMNS] for run in report.runs]
+    return _table(report, {})
+
+
+def _table(report: Report, marks: dict[int, str]) -> str:
+    """Return the table of results in Markdown, the size of run i followed by the mark of its footnote, `marks[i]`."""
+    rows = [
+        [
+            escape_markdown(f"{c.text(run)} ({marks[i]})" if c.heading == SIZE and i in marks else c.text(run))
+            for c in COLUMNS
+        ]
+        for i, run in enumerate(report.runs)
+    ]
     return _grid([Markup(column.heading) for column in COLUMNS], rows)
 
 
@@ -114,19 +145,54 @@ def _line(cells: Iterable[str], widths: list[int]) -> str:
     return f"| {' | '.join(padded)} |"
 
 
-def worth_reading(run: Run) -> list[str]:
-    """Return a run's warnings, with what there is to say about its size."""
-    return [*run.notes, *([f"Size: {run.disk_note}"] if run.disk_note else [])]
+def size_note(run: Run) -> str:
+    """Return what there is to say about a run's size; the float model has none on disk."""
+    computed = [COMPUTED] if run.bits is None and run.bytes_on_disk is not None else []
+    return "; ".join([*computed, *([run.disk_note] if run.disk_note else [])])
+
+
+def footnotes(report: Report) -> tuple[dict[int, str], list[tuple[str, str]]]:
+    """Return the footnotes on size: the mark of each run that has one, by its place, and (mark, text) of each text."""
+    texts = list(dict.fromkeys(note for run in report.runs if (note := size_note(run))))
+    marks = {text: _letters(i) for i, text in enumerate(texts)}
+    places = {i: marks[note] for i, run in enumerate(report.runs) if (note := size_note(run))}
+    return places, [(mark, text) for text, mark in marks.items()]
+
+
+def _letters(place: int) -> str:
+    """Return a, b, …, z, aa, ab, … for 0, 1, …: next to numbers, letters cannot be taken for digits."""
+    return (_letters(place // 26 - 1) if place >= 26 else "") + "abcdefghijklmnopqrstuvwxyz"[place % 26]
+
+
+def lowest(report: Report) -> dict[int, list[int]]:
+    """Return, by width in order of appearance, the places of the runs with the lowest perplexity; several if equal."""
+    found: dict[int, list[int]] = {}
+    for bits in dict.fromkeys(run.bits for run in report.runs if run.bits is not None):
+        measured = {i: report.runs[i].perplexity for i in _measured(report, bits)}
+        found[bits] = [i for i, value in measured.items() if value == min(measured.values())]
+    return found
+
+
+def _measured(report: Report, bits: int) -> list[int]:
+    return [i for i, run in enumerate(report.runs) if run.bits == bits and math.isfinite(run.perplexity)]
 
 
 def best(report: Report) -> set[int]:
     """Return the places of the runs with the lowest perplexity of their width, where a width has several."""
-    found = set()
-    for bits in {run.bits for run in report.runs if run.bits is not None}:
-        places = [i for i, r in enumerate(report.runs) if r.bits == bits and math.isfinite(r.perplexity)]
-        if len(places) > 1:
-            found.add(min(places, key=lambda i: report.runs[i].perplexity))
-    return found
+    return {i for bits, places in lowest(report).items() if len(_measured(report, bits)) > 1 for i in places}
+
+
+def lead(report: Report) -> str:
+    """Say the result in words: the runs with the lowest perplexity at each width, and the float model's."""
+    parts = []
+    for bits, places in lowest(report).items():
+        names = " and ".join(report.runs[i].label for i in places)
+        alone = ", the only row" if len(_measured(report, bits)) == 1 else ""
+        said = f"{names} ({perplexity(report.runs[places[0]].perplexity)}{alone})" if places else "none was measured"
+        parts.append(f"at {width_in_words(bits)} {said}")
+    said = f"Lowest perplexity of the quantized rows: {', '.join(parts)}." if parts else "Nothing was quantized."
+    level = [run for run in report.runs if run.bits is None and math.isfinite(run.perplexity)]
+    return f"{said} The float model has {perplexity(level[0].perplexity)}." if level else said
 
 
 def _environment(finalize: Callable[[Any], Any], autoescape: bool) -> Environment:
@@ -141,9 +207,7 @@ def _environment(finalize: Callable[[Any], Any], autoescape: bool) -> Environmen
         keep_trailing_newline=True,
     )
     environment.filters["csp_hash"] = lambda text: f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
-    environment.globals.update(
-        facts=facts, number=number, perplexity=perplexity, plain=plain, worth_reading=worth_reading
-    )
+    environment.globals.update(facts=facts, number=number, plain=plain)
     return environment
 
 
@@ -151,8 +215,14 @@ def to_markdown(report: Report) -> str:
     """Return the report in Markdown: the table of results, the losses by kind of layer, and how to repeat it."""
     command = Markup(html.escape(clean(report.command), quote=False))
     environment = _environment(lambda value: escape_markdown(str(value)), autoescape=False)
+    marks, notes = footnotes(report)
     return environment.get_template("report.md.j2").render(
-        report=report, table=Markup(table(report)), losses=Markup(_losses(report)), command=command
+        report=report,
+        lead=lead(report),
+        table=Markup(_table(report, marks)),
+        footnotes=notes,
+        losses=Markup(_losses(report)),
+        command=command,
     )
 
 
@@ -172,21 +242,69 @@ def _mean_loss(run: Run, kind: str) -> float:
 
 
 def to_html(report: Report) -> str:
-    """Return the report as one HTML page that loads nothing: styles, script, plots and the record are inside."""
+    """Return the report as one HTML page that loads nothing: styles, script, plots and the record are inside.
+
+    A record too long for a page is left out, and of very many layers each run shows those that lose most.
+    """
     from quantforge import plots  # matplotlib takes a second; reading a record must not
 
     environment = _environment(lambda value: clean(str(value)), autoescape=True)
-    template = environment.get_template("report.html.j2")
     runs = [_cleaned(run) for run in report.runs]
-    return template.render(
+    marks, notes = footnotes(report)
+    record = _inline(to_json(report))
+    drawings = {
+        name: [Markup(plots.svg(draw(runs, width), f"{name}-{size}", f"Plot of {about}"))
+               for size, width in (("wide", plots.WIDE), ("narrow", plots.NARROW))]
+        for name, draw, about in (
+            ("perplexity", plots.perplexity_figure, "perplexity against bits per weight"),
+            ("loss", plots.loss_figure, "relative loss by layer"),
+        )
+    }  # fmt: skip
+    return environment.get_template("report.html.j2").render(
         report=report,
+        lead=lead(report),
         columns=COLUMNS,
+        size=SIZE,
         best=best(report),
-        warned=any(worth_reading(run) for run in report.runs),
-        perplexity_plot=Markup(plots.svg(plots.perplexity_figure(runs), "perplexity")),
-        loss_plot=Markup(plots.svg(plots.loss_figure(runs), "loss")),
-        record=Markup(_inline(to_json(report))),
+        marks=marks,
+        footnotes=notes,
+        noted=any(run.notes for run in report.runs) or bool(report.model_notes),
+        most_series=plots.MOST_SERIES if len(plots.looks(runs)) > plots.MOST_SERIES else None,
+        joined=any(len(members) > 1 for members in plots.perplexity_series(runs).values()),
+        left_out=_left_out(runs),
+        layers=_layers(report),
+        drawings=drawings,
+        record=Markup(record) if len(record) <= MOST_RECORD else None,
     )
+
+
+def _left_out(runs: list[Run]) -> str:
+    """Say which runs and kinds of layer the plot of losses draws, if not all; empty if it does."""
+    from quantforge import plots
+
+    shown = plots.loss_runs(runs)
+    every, kinds = [run for run in runs if run.layers and run.bits is not None], len(plots.loss_kinds(shown))
+    said = []
+    if len(shown) < len(every):
+        bits = {run.bits for run in shown}
+        width = f" at {width_in_words(next(iter(bits)))}" if len(bits) == 1 else ""
+        lowest = " with the lowest perplexity" if len(shown) < sum(run.bits in bits for run in every) else ""
+        said.append(f"Of {len(every)} runs, the {len(shown)}{width}{lowest} are drawn; the tables below have all.")
+    if kinds > plots.MOST_KINDS:
+        said.append(f"Of {kinds} kinds of layer, the first {plots.MOST_KINDS} are drawn.")
+    return " ".join(said)
+
+
+def _layers(report: Report) -> list[tuple[Run, tuple[LayerRow, ...]]]:
+    """Return each run that has layers with those its table shows: all, or of very many the ones that lose most."""
+    runs = [run for run in report.runs if run.layers]
+    if sum(len(run.layers) for run in runs) <= MOST_ROWS:
+        return [(run, run.layers) for run in runs]
+    return [(run, tuple(sorted(run.layers, key=_by_loss)[:FEW_ROWS])) for run in runs]
+
+
+def _by_loss(layer: LayerRow) -> float:
+    return -layer.relative_loss if math.isfinite(layer.relative_loss) else math.inf
 
 
 def _cleaned(run: Run) -> Run:
@@ -196,7 +314,8 @@ def _cleaned(run: Run) -> Run:
 
 
 def _inline(text: str) -> str:
-    """Make JSON safe inside a script element: none of the characters that could end it is left."""
+    """Make JSON short, and safe inside a script element: none of the characters that could end it is left."""
+    text = json.dumps(json.loads(text), separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 

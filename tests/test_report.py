@@ -253,7 +253,7 @@ def test_the_table_shows_each_number_in_its_unit() -> None:
 def test_what_is_unknown_is_not_available_and_the_float_model_has_no_bits() -> None:
     row = table(a_report(a_run("float", None, peak_memory_bytes=None, bytes_on_disk=None))).splitlines()[2]
     shown = [cell.strip() for cell in row.strip("|").split("|")]
-    assert shown == ["float", "float", "16.000", "12.346", "0.0123", "n/a", "1.3", "n/a"]
+    assert shown == ["float", "float", "16.000", "12.346", "0.0123", "n/a", "n/a", "n/a"]
 
 
 # --- hostile text -----------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_the_record_inside_the_page_is_the_record_and_cannot_end_its_element(tex
 def test_a_script_in_a_name_is_shown_as_text_and_written_as_u003c_in_inline_json() -> None:
     page = to_html(a_report(model="<script>alert(1)</script>"))
     assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt;</h1>" in page
-    assert '"model": "\\u003cscript\\u003ealert(1)\\u003c/script\\u003e"' in page
+    assert '"model":"\\u003cscript\\u003ealert(1)\\u003c/script\\u003e"' in page
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -301,7 +301,7 @@ def test_markdown_tables_keep_their_cells_and_lines(text: str) -> None:
         for rows in re.findall(r"(?:^\|.*\n)+", block, re.M):
             assert len({cells(line) for line in rows.splitlines()}) == 1
     assert len(made.splitlines()) == len(harmless.splitlines())
-    assert [line.split()[0] for line in made.splitlines() if line.startswith("#")] == ["#", "##", "##", "##"]
+    assert [line.split()[0] for line in made.splitlines() if line.startswith("#")] == ["#", "##", "##", "##", "##"]
 
 
 @pytest.mark.parametrize(
@@ -384,6 +384,179 @@ def test_notes_and_the_reason_for_no_size_are_told_in_both_documents() -> None:
         assert "no packed form" in text
 
 
+def rows_of(text: str) -> list[list[str]]:
+    """Return the cells of the results table of a page, without the marks of footnotes."""
+    body = re.search(r"<tbody>(.*?)</tbody>", text, re.S)[1]
+    bare = re.sub(r"<sup>.*?</sup>", "", body)
+    return [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr.*?</tr>", bare, re.S)]
+
+
+def test_notes_on_size_are_footnotes_that_runs_with_the_same_note_share() -> None:
+    notes = ("3-bit codes are padded", "", "3-bit codes are padded", "other")
+    made = a_report(*(a_run(f"m{i}-int3", 3, disk_note=note) for i, note in enumerate(notes)))
+    page = to_html(made)
+    assert re.findall(r'<sup><a href="#size-(\w+)">', page) == ["a", "a", "b"]
+    assert re.findall(r'<li id="size-(\w+)"><sup>\w+</sup> Size: (.*?)</li>', page) == [
+        ("a", "3-bit codes are padded"), ("b", "other"),
+    ]  # fmt: skip
+    assert not any("padded" in cell for row in rows_of(page) for cell in row)
+    text = to_markdown(made)
+    assert re.findall(r"123\.5(?: \((\w)\))? \|", text) == ["a", "", "a", "b"]
+    assert [line for line in text.splitlines() if "Size:" in line] == [
+        "- (a) Size: 3-bit codes are padded", "- (b) Size: other",
+    ]  # fmt: skip
+
+
+def test_more_than_26_footnotes_have_marks_of_their_own() -> None:
+    marks, notes = report.footnotes(a_report(*(a_run(disk_note=f"note {i}") for i in range(60))))
+    assert len({mark for mark, _ in notes}) == len(set(marks.values())) == 60
+
+
+def test_the_float_row_has_no_seconds_and_no_memory_and_its_size_is_said_to_be_no_file() -> None:
+    made = a_report(a_run("fp", None, disk_note="weights in bfloat16", seconds=0.0, peak_memory_bytes=0), a_run())
+    page = to_html(made)
+    assert rows_of(page)[0][-2:] == ["n/a", "n/a"]
+    assert rows_of(page)[1][-2:] == ["1.3", "2.5"]
+    said = "Size: computed from the parameter counts, not the size of a file; weights in bfloat16"
+    assert f'<li id="size-a"><sup>a</sup> {said}</li>' in page
+    assert f"- (a) {said}" in to_markdown(made)
+
+
+@pytest.mark.parametrize(
+    ("peak", "text"), [(None, "n/a"), (0, "n/a"), (-1, "n/a"), (1, "< 0.1"), (49_999, "< 0.1"), (50_000, "0.1")]
+)
+def test_peak_memory_is_never_zero(peak: int | None, text: str) -> None:
+    assert report.memory(a_run(peak_memory_bytes=peak)) == text
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        (
+            (a_run("fp", None, 10.0), a_run("rtn-4", 4, 13.0), a_run("gptq-4", 4, 12.0), a_run("rtn-1", 1, 99.0)),
+            "Lowest perplexity of the quantized rows: at 4 bits gptq-4 (12.000), at 1 bit rtn-1 (99.000, the only row)."
+            " The float model has 10.000.",
+        ),
+        (
+            (a_run("a", 4, 12.0), a_run("b", 4, 12.0), a_run("c", 4, 12.5)),
+            "Lowest perplexity of the quantized rows: at 4 bits a and b (12.000).",
+        ),
+        (
+            (a_run("a", 3, math.nan), a_run("fp", None, math.nan)),
+            "Lowest perplexity of the quantized rows: at 3 bits none was measured.",
+        ),
+        ((a_run("fp", None, 10.0),), "Nothing was quantized. The float model has 10.000."),
+    ],
+)  # fmt: skip
+def test_the_result_is_said_in_words(runs: tuple[Run, ...], said: str) -> None:
+    assert report.lead(a_report(*runs)) == said
+
+
+def test_both_documents_lead_with_the_result_and_end_with_how_it_was_made() -> None:
+    made = a_report()
+    for text in (to_html(made), to_markdown(made)):
+        places = [text.index(part) for part in (report.lead(made), "rtn-int2", "One protocol for all.", "torch")]
+        assert places == sorted(places)
+        assert text.index("a note") > text.index("rtn-int2")
+
+
+def test_drawings_scale_with_the_page_and_only_tables_scroll() -> None:
+    page = plain_page()
+    style = re.search(r"<style>(.*?)</style>", page, re.S)[1]
+    rule = re.search(r"^svg \{(.*?)\}", style, re.M)[1]
+    assert "width: 100%" in rule
+    assert "height: auto" in rule
+    assert "min-width" not in rule
+    assert not re.search(r"<svg[^>]* (width|height)=", page)
+    assert "overflow-x: auto" in re.search(r"^\.scroll \{(.*?)\}", style, re.M)[1]
+    assert page.count("<table") == len(re.findall(r'<div class="scroll"[^>]*>\s*<table', page)) == 7
+
+
+def test_the_caption_speaks_of_lines_only_where_lines_are_drawn() -> None:
+    one_width = to_html(a_report(a_run("rtn-int4"), a_run("gptq-int4")))
+    assert "a line joins the widths of one method" in plain_page()
+    assert "a line joins" not in one_width
+    figure = plots.perplexity_figure([a_run("rtn-int4"), a_run("gptq-int4")])
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [1, 1]
+
+
+# --- many runs --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def many() -> Report:
+    """Twenty-five runs on thirty blocks of seven kinds: eight methods at three widths, and the float model."""
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+             "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    notes = {"damp": 0.15, "rung": "float32", "dead_columns": 0, "rows_rounded": 0}
+
+    def rows(share: float) -> tuple[LayerRow, ...]:
+        return tuple(
+            LayerRow(f"model.layers.{block}.{kind}", kind.split(".")[1], block, (1536, 576), "int4-g64-asym-bf16",
+                     4.3125, 1.163978409851552 * share, 0.0038453387045641113 * share, notes)
+            for block in range(30) for kind in kinds
+        )  # fmt: skip
+
+    methods = ("rtn", "gptq", "gptq-v2", "awq", "hqq", "spqr", "quip", "omniquant")
+    runs = tuple(
+        a_run(f"{method}-int{bits}-g64-asym", bits, 10 + 30 * 3.0 ** -bits + i, method=method,
+              layers=rows((i + 1) * 4.0 ** (2 - bits)))
+        for i, method in enumerate(methods) for bits in (4, 3, 2)
+    )  # fmt: skip
+    return a_report(a_run("fp", None, 10.0), *runs)
+
+
+def test_a_page_of_25_runs_on_210_layers_is_smaller_than_3_mb_and_says_where_its_record_is() -> None:
+    page = to_html(many())
+    assert len(page.encode()) < 3_000_000
+    assert page.count("model.layers.29.mlp.down_proj") == 24
+    assert 'id="record"' not in page
+    assert "it is report.json, in the same folder" in page
+    assert "Of 24 runs, the 8 at 2 bits are drawn" in page
+    Page(page)
+
+
+def test_of_very_many_layers_the_page_shows_those_that_lose_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MOST_ROWS", 5)
+    monkeypatch.setattr(report, "FEW_ROWS", 2)
+    losses = (0.1, math.nan, 0.4, 0.2, 0.3, 0.05)
+    page = to_html(a_report(a_run(layers=tuple(layer("q", i, loss) for i, loss in enumerate(losses)))))
+    assert re.findall(r"<tr><td>(.*?)</td>", page) == ["model.layers.2.q", "model.layers.4.q"]
+    assert "6 layers, the 2 that lose most" in page
+
+
+def test_every_one_of_many_series_has_a_colour_and_marker_of_its_own() -> None:
+    for runs in (many().runs, [a_run(f"method{i}-int4", 4, 12 + i, method=f"method{i}") for i in range(42)]):
+        found = list(plots.looks(runs).values())
+        assert len({(look.color, look.marker) for look in found}) == len({look.name for look in found}) == len(found)
+
+
+def test_of_many_runs_the_loss_plot_draws_those_of_the_narrowest_width() -> None:
+    assert [run.bits for run in plots.loss_runs(many().runs)] == [2] * 8
+    alike = [a_run(f"m{i}-int4", 4, 30.0 - i, method=f"m{i}") for i in range(20)]
+    assert plots.loss_runs(alike) == alike[-plots.MOST_LINES :]
+    assert plots.loss_runs(alike[:8]) == alike[:8]
+
+
+def test_a_page_of_20_methods_at_one_width_says_whose_losses_are_drawn() -> None:
+    page = to_html(a_report(*(a_run(f"m{i}-int4", 4, 30.0 - i, method=f"m{i}") for i in range(20))))
+    assert "Of 20 runs, the 8 at 4 bits with the lowest perplexity are drawn" in page
+
+
+def test_marks_above_each_other_are_named_beside_without_labels_that_overlap() -> None:
+    runs = [a_run(f"m{i}-int4", 4, 12 + 0.01 * i, method=f"m{i}") for i in range(24)]
+    labels = plots.perplexity_figure(runs).axes[0].texts
+    assert sorted(label.get_text() for label in labels) == sorted(f"m{i}" for i in range(24))
+    axes = labels[0].axes
+    for side in ("left", "right"):
+        heights = [
+            axes.transData.transform(label.xy)[1] * 72 / axes.figure.dpi + label.xyann[1]
+            for label in labels if label.get_ha() == side
+        ]  # fmt: skip
+        assert len(heights) == 12
+        assert min(b - a for a, b in zip(sorted(heights), sorted(heights)[1:], strict=False)) > 9
+
+
 def test_the_same_record_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     made = a_report()
     (tmp_path / "record.json").write_text(to_json(made), encoding="utf-8")
@@ -412,7 +585,7 @@ def texts(figure: object, name: str = "p") -> list[str]:
 def test_both_plots_are_in_the_page_in_its_own_colours() -> None:
     text = plain_page()
     found = re.findall(r"<svg.*?</svg>", text, re.S)
-    assert len(found) == 2
+    assert len(found) == 4  # two plots, each for wide and for narrow screens
     for drawing in found:
         assert not re.search(r"#[0-9a-f]{6}\b(?!\w)", re.sub(r'(id="|href="#|url\(#)[^")]*', "", drawing))
         assert set(re.findall(r"var\((--\w+)\)", drawing)) <= set(re.findall(r"(--\w+):", text))
@@ -445,14 +618,60 @@ def test_loss_has_a_panel_per_kind_in_order_of_depth_and_a_line_per_run() -> Non
     first = figure.axes[0].lines[0]
     assert list(first.get_xdata()) == [0, 1, 2]
     assert list(first.get_ydata()) == [0.1, 0.2, 0.3]
-    assert {"gptq-int4-g64", "rtn-int4", "v", "o"} <= set(texts(figure))
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
+    assert {"gptq", "rtn", "v", "o"} <= set(texts(figure))
 
 
-def test_runs_that_differ_in_group_size_alone_are_told_apart_in_the_loss() -> None:
+def test_runs_that_differ_in_group_size_alone_are_two_series_in_both_plots() -> None:
     runs = [a_run("rtn-int4-g64", bits_per_weight=4.5), a_run("rtn-int4-g128", bits_per_weight=4.25)]
-    lines = plots.loss_figure(runs).axes[0].lines
-    assert lines[0].get_color() == lines[1].get_color()
-    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+    for figure in (plots.perplexity_figure(runs), plots.loss_figure(runs)):
+        assert {"rtn-int4-g64", "rtn-int4-g128"} <= set(texts(figure))
+        assert len({line.get_color() for line in figure.axes[0].lines}) == 2
+
+
+def legend(figure: object) -> dict[str, tuple[str, str]]:
+    found = figure.legends[0]
+    handles = zip(found.get_texts(), found.legend_handles, strict=True)
+    return {text.get_text(): (line.get_color(), line.get_marker()) for text, line in handles}
+
+
+def test_a_series_has_one_name_one_colour_and_one_marker_in_both_plots() -> None:
+    unmeasured = a_run("awq-int4", perplexity=math.nan)  # shown in one plot only, yet counted in both
+    runs = [a_run("fp", None), a_run("rtn-int4", layers=()), unmeasured, *a_report().runs[1:]]
+    first, second = legend(plots.perplexity_figure(runs)), legend(plots.loss_figure(runs))
+    assert set(first) == {"rtn", "gptq"}
+    assert set(second) == {"rtn", "gptq", "awq", "2 bits", "4 bits", "8 bits"}
+    assert all(first[name] == second[name] for name in first)
+
+
+def test_a_number_in_the_name_of_a_method_is_not_taken_for_its_width() -> None:
+    runs = [a_run(f"gptq-v2-int{bits}", bits, method="gptq-v2") for bits in (2, 3, 4)]
+    assert [look.name for look in plots.looks(runs).values()] == ["gptq-v2"]
+
+
+@pytest.mark.parametrize(("shift", "count"), [(0.0, 1), (0.0, 3), (0.001, 2), (1.0, 2), (3.0, 3)])
+def test_the_axis_of_bits_reaches_half_a_bit_beyond_the_data_in_steps_of_quarters(shift: float, count: int) -> None:
+    xs = [3.297 + i * shift for i in range(count)]
+    axes = plots.perplexity_figure([a_run(f"m{i}", bits_per_weight=x) for i, x in enumerate(xs)]).axes[0]
+    low, high = axes.get_xlim()
+    assert low <= xs[0] - 0.5
+    assert high >= xs[-1] + 0.5
+    ticks = [x for x in axes.get_xticks() if low <= x <= high]
+    assert 3 <= len(ticks) <= 10
+    assert all(x * 4 == round(x * 4) for x in ticks)
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 9, 11, 12])
+def test_panels_fill_every_row_from_edge_to_edge(count: int, width: float) -> None:
+    figure = plots.loss_figure([a_run(layers=tuple(layer(f"k{i}", b) for i in range(count) for b in (0, 1)))], width)
+    boxes = [axes.get_position() for axes in figure.axes]
+    rows = {round(box.y0, 6) for box in boxes}
+    assert len(boxes) == count
+    for row in rows:
+        own = [box for box in boxes if round(box.y0, 6) == row]
+        assert min(box.x0 for box in own) == pytest.approx(plots.LEFT / width)
+        assert max(box.x1 for box in own) == pytest.approx(1 - plots.RIGHT / width)
 
 
 def test_experts_of_one_block_are_drawn_as_their_mean() -> None:
@@ -469,7 +688,9 @@ def test_a_plot_without_points_says_so(runs: tuple[Run, ...]) -> None:
 def test_names_are_drawn_letter_by_letter_not_as_formulas() -> None:
     run = a_run("$x^2$_{4}", method="_$\\frac$", layers=(layer("$q$"),))
     assert "_$\\frac$" in texts(plots.perplexity_figure([run]))
-    assert {"$x^2$_{4}", "$q$"} <= set(texts(plots.loss_figure([run])))
+    assert {"_$\\frac$", "$q$"} <= set(texts(plots.loss_figure([run])))
+    two = [a_run("$x^2$_{4}", method="m"), a_run("$x^3$", method="m")]
+    assert {"$x^2$_{4}", "$x^3$"} <= set(texts(plots.perplexity_figure(two)))
 
 
 # --- the machine and the files ----------------------------------------------------------------------------------------
