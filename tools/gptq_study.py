@@ -42,7 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--damping", choices=["relative", "mean"], default="relative")
     parser.add_argument("--damp", type=float, default=0.15)
     parser.add_argument("--order", choices=["act", "group"], default="act", help="columns, or whole groups, by diag(H)")
-    parser.add_argument("--range", choices=["minmax", "mse", "diagonal", "conditional"], default="conditional")
+    parser.add_argument("--range", choices=["minmax", "mse", "diagonal", "hessian"], default="hessian")
     parser.add_argument("--fresh", choices=["no", "fit", "search"], default="no", help="ranges from updated columns")
     parser.add_argument("--token-weight", type=float, default=0.0, help="o and down: weigh tokens by 1 / |h|^this")
     parser.add_argument(
@@ -87,7 +87,7 @@ def solve(weight: Tensor, target: Tensor, h: Tensor, fmt: Format, o: argparse.Na
         order = torch.cat([g * group + inside[g] for g in by_group.amax(1).argsort(descending=True)])
     u = inverse_factor(h, o.damp, order, relative=o.damping == "relative").u
     cost = energy.clone()
-    if o.range == "conditional":
+    if o.range == "hessian":
         cost[order] = u.diagonal() ** -2
     fitted = fit(target, fmt, o.range, cost)
     scale, zero = fitted.scale.T.contiguous(), fitted.zero.T.contiguous()
