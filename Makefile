@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench readme clean
+.PHONY: demo test check bench readme docs clean
 
 demo: $(VENV)/demo  ## quantize a real model with GPTQ, compare it, keep the checkpoints
 	rm -rf demo
@@ -37,6 +37,9 @@ $(VENV)/demo: $(VENV)/installed
 
 readme: $(VENV)/installed  ## put the committed reports' tables into the README
 	$(BIN)/python tools/readme.py
+
+docs: $(VENV)/installed  ## write the pages of docs/ from the code and the committed reports
+	$(BIN)/python tools/docs.py
 
 clean:
 	rm -rf $(VENV) demo build dist

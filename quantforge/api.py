@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quantforge import checkpoint, pipeline, recipe
+from quantforge import checkpoint, exporters, pipeline, recipe
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
 from quantforge.errors import DataError, PlanError, clean
 from quantforge.evaluation import perplexity
-from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.memory import PeakMemory
 from quantforge.models import check
 from quantforge.models import load as loading
@@ -40,6 +40,7 @@ def quantize(
     seed: int = 0,
     device: str = "cpu",
     settings: dict[str, Any] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -55,11 +56,14 @@ def quantize(
     samples      windows of `seq_len` tokens to calibrate on, the first ones, or drawn with `seed` if `shuffle`
     device       "cpu" or "cuda"
     settings     {"solver.damp_percent": 0.05}
+    overrides    {"*.down_proj": {"bits": 8}, "layers.0.*": {"skip": True}}: layers by pattern, the last match wins
     tokenizer    for a model in memory that is to be calibrated on text
 
     Everything that needs no weights is checked before they are read. Raises the subclasses of QuantForgeError.
     """
-    chosen = recipe.load(method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings)
+    chosen = recipe.load(
+        method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings, overrides=overrides
+    )
     loading.check_device(device)
     if isinstance(calibration, str):
         corpus.check_name(calibration, "calibration")
@@ -69,9 +73,10 @@ def quantize(
     if isinstance(model, nn.Module):
         if target is not None:
             check_target(target, overwrite=overwrite)
-        exporter = None if target is None else CompressedTensors()
-        plan = planning.make(model, chosen, next(model.parameters()).dtype, exporter)
-        if chosen.solver.needs:
+        plan = planning.make(model, chosen, next(model.parameters()).dtype)
+        if target is not None:
+            planning.check_export(plan, exporters.choose(plan))
+        if plan.needs:
             ids, provenance = draw(tokenizer=tokenizer, config=model.config, seq_len=seq_len, count=samples)
         name, built = type(model).__name__, model
     else:
@@ -80,7 +85,7 @@ def quantize(
             prepare(source, chosen, target, overwrite=overwrite, export=target is not None), source.notes
         )
         tokenizer = tokenizer or loading.tokenizer(source)
-        if chosen.solver.needs:
+        if plan.needs:
             ids, provenance = draw(tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=samples)
         name, built = source.name, loading.model(source, device)
     result = run(built, plan, ids, tokenizer=tokenizer, source=name, calibration=provenance)
@@ -98,7 +103,10 @@ def prepare(
     """
     if out is not None:
         check_target(out, overwrite=overwrite, inputs=(source.path,))
-    return planning.make(source.skeleton(), chosen, source.dtype, CompressedTensors() if export else None)
+    plan = planning.make(source.skeleton(), chosen, source.dtype)
+    if export:
+        planning.check_export(plan, exporters.choose(plan))
+    return plan
 
 
 def run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from quantforge import registry
 from quantforge.errors import ModelError, clean
-from quantforge.exporters.compressed_tensors import CompressedTensors
-from quantforge.models import check, load
+from quantforge.exporters import native, peft
+from quantforge.models import check, load, moe
+from quantforge.protocols import Exporter
 from quantforge.store import MARK
 
 
@@ -66,6 +69,14 @@ def _table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {clean(note)}" for note in record["notes"])])
 
 
+def _exporter(quantization: dict[str, Any]) -> Exporter:
+    """Return the exporter that reads what a `quantization_config` describes."""
+    method = quantization.get("quant_method")
+    name = {native.METHOD: "native", "bitsandbytes": "bitsandbytes"}.get(str(method), "compressed-tensors")
+    found: Exporter = registry.create("exporter", name)
+    return found
+
+
 def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """Return the model of a quantized checkpoint, its weights dequantized in `dtype` (default: the checkpoint's).
 
@@ -77,12 +88,18 @@ def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     quantization = config.pop("quantization_config", None)
     if not isinstance(quantization, dict):
         raise ModelError(353, f"{folder} is not a quantized checkpoint: its config.json has no quantization_config.")
-    tensors = load.read_tensors(found)
-    layers = CompressedTensors().read(quantization, tensors)
+    tensors = moe.as_in_model(config.get("model_type"), load.read_tensors(found))
+    layers = _exporter(quantization).read(quantization, tensors)
+    if (folder / peft.FOLDER).is_dir():
+        for name, factors in peft.read(folder / peft.FOLDER).items():
+            if (
+                name not in layers
+                or factors.onto(torch.zeros(layers[name].base.shape)).shape != layers[name].base.shape
+            ):
+                raise ModelError(356, f"{folder / peft.FOLDER} corrects {name}, which is no such layer of the model.")
+            layers[name] = replace(layers[name], residuals=(*layers[name].residuals, factors))
     dtype = dtype or load.DTYPES[found.dtype]
     for name, weight in layers.items():
-        for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"):
-            tensors.pop(f"{name}.{part}", None)
         tensors[f"{name}.weight"] = weight.dequantize(dtype)
     settings = load.make_config(folder, config)
     with load.quiet():
@@ -101,5 +118,6 @@ def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
         raise ModelError(
             354, f"{folder} does not hold the model of its config.json: {len(wrong)} tensors do not fit ({wrong[0]})."
         )
+    moe.unfuse(model)
     result: nn.Module = model.eval()
     return result

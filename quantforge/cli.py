@@ -90,6 +90,13 @@ def _calibration(command: Command) -> Command:
 
 def _format(command: Command) -> Command:
     for option in (
+        click.option(
+            "--override",
+            "overrides",
+            multiple=True,
+            metavar="PATTERN:KEY=VALUE,…",
+            help="Other settings for layers by name, e.g. '*.down_proj:bits=8' or 'layers.0.*:skip'.",
+        ),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="e.g. solver.damp_percent=0.05"),
         click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points."),
         click.option("--group-size", type=int, metavar="N", help="Weights that share a scale; -1 is a whole row."),
@@ -128,6 +135,26 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def _overrides(texts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for text in texts:
+        pattern, colon, wishes = text.partition(":")
+        if not colon or not pattern or not wishes:
+            raise RecipeError(
+                217, f"--override {text!r} is not of the form PATTERN:KEY=VALUE, such as *.down_proj:bits=8."
+            )
+        found[pattern] = {key: _value(value) for key, _, value in (w.partition("=") for w in wishes.split(","))}
+    return found
+
+
+def _value(text: str) -> Any:
+    """Turn the text of an override into what it says: nothing is True, digits are a number."""
+    words = {"": True, "true": True, "yes": True, "false": False, "no": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    return int(text) if text.removeprefix("-").isdigit() else text
+
+
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -149,6 +176,7 @@ def quantize(
     group_size: int | None,
     symmetric: bool | None,
     settings: tuple[str, ...],
+    overrides: tuple[str, ...],
     calib: str,
     samples: int,
     seq_len: int,
@@ -168,14 +196,19 @@ def quantize(
         from quantforge.models import load
 
         chosen = recipe.load(
-            method, bits=bits, group_size=group_size, symmetric=symmetric, settings=_settings(settings)
+            method,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            settings=_settings(settings),
+            overrides=_overrides(overrides),
         )
         load.check_device(device)
         corpus.check_name(calib, "calibration")
         source = load.find(model, trust_remote_code=trust_remote_code)
-        if chosen.solver.needs:
-            api.check_length(source.config, seq_len)
         plan = api.prepare(source, chosen, out, overwrite=overwrite)
+        if plan.needs:
+            api.check_length(source.config, seq_len)
         _print(json.dumps(plan.record()) if as_json else plan.table())
         return
     if out is None:
@@ -195,6 +228,7 @@ def quantize(
         seed=seed,
         device=device,
         settings=_settings(settings),
+        overrides=_overrides(overrides),
         out=out,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
@@ -253,6 +287,7 @@ def compare(
     group_size: int | None,
     symmetric: bool | None,
     settings: tuple[str, ...],
+    overrides: tuple[str, ...],
     calib: str,
     samples: int,
     seq_len: int,
@@ -288,6 +323,7 @@ def compare(
         windows=windows or None,
         device=device,
         settings=_settings(settings),
+        overrides=_overrides(overrides),
         out=out,
         keep=keep,
         trust_remote_code=trust_remote_code,
@@ -321,4 +357,22 @@ def methods(as_json: bool) -> None:
     for entry in found:
         _print(f"{entry['name']}: {entry['about']}\n  {entry['paper']}\n  stores {entry['weights']}")
         for key, (kind, default) in entry["options"].items():
-            _print(f"  --set solver.{key}={default}  ({kind})")
+            _print(f"  --set {key}={default}  ({kind})")
+
+
+@main.command(name="formats")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def formats_(names: tuple[str, ...], as_json: bool) -> None:
+    """Show the values of formats, what a weight costs in them and what rounding loses; all of them without NAME.
+
+    NAME is a grid (int4, nf4, e2m1), a float type (bf16), a notation (int4-g64-asym, nf4-dq) or numbers
+    (table:-1,0,0.5,1).
+    """
+    from dataclasses import asdict
+
+    from quantforge.numerics import catalogue
+
+    wanted = [catalogue.find(name) for name in names or catalogue.names()]
+    entries = [catalogue.measure(w) for w in wanted]
+    _print(json.dumps([asdict(e) for e in entries]) if as_json else catalogue.text(entries))

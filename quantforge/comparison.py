@@ -6,23 +6,24 @@ import datetime
 import functools
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from quantforge import api, pipeline, recipe, record, report
+from quantforge import api, exporters, pipeline, recipe, record, report
 from quantforge.errors import PlanError, RecipeError, pick
 from quantforge.evaluation import perplexity
 from quantforge.evaluation.perplexity import Reference, Score
 from quantforge.exporters.compressed_tensors import CompressedTensors
+from quantforge.exporters.native import Native
 from quantforge.memory import in_use
 from quantforge.models import arch
 from quantforge.models import load as loading
 from quantforge.pipeline import Layer
-from quantforge.plan import Plan, make
+from quantforge.plan import check_export, make
 from quantforge.progress import bar
 from quantforge.recipe import Recipe
 from quantforge.record import LayerRow, Report, Run
@@ -52,6 +53,7 @@ def compare(
     windows: int | None = 48,
     device: str = "cpu",
     settings: dict[str, Any] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
     keep: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -59,7 +61,8 @@ def compare(
 ) -> Report:
     """Quantize one model by each of `methods` at each of `bits`, score every result, and report.
 
-    methods  names from `quantforge methods`, and "fp" for the float model, which always runs as the reference
+    methods  names from `quantforge methods`, two joined by "+", a suite such as "all-weights" (which brings its own
+             widths), and "fp" for the float model, which always runs as the reference
     keep     a folder that receives the checkpoint of every run, named by its label
     out      a folder for report.json, report.md and report.html
     command  the command line, for the report
@@ -67,16 +70,16 @@ def compare(
     The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
     weight is read. Raises the subclasses of QuantForgeError.
     """
-    recipes = _recipes(methods, bits, group_size, symmetric, settings or {})
+    recipes = _recipes(methods, bits, group_size, symmetric, settings or {}, overrides)
     loading.check_device(device)
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
     skeleton = source.skeleton()
-    exporter = CompressedTensors() if keep is not None else None
-    plans = {label: make(skeleton, chosen, source.dtype, exporter) for label, chosen in recipes.items()}
+    plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
     if out is not None:
         _check_report_folder(Path(out), source.path)
     if keep is not None:
-        for label in plans:
+        for label, plan in plans.items():
+            check_export(plan, exporters.choose(plan))
             check_target(Path(keep) / label, overwrite=False, inputs=(source.path,))
     tokenizer = loading.tokenizer(source)
     tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=seq_len)
@@ -90,7 +93,7 @@ def compare(
     before = in_use(device)
     for label, plan in plans.items():
         _restore(built, originals)
-        needed = calib if plan.recipe.solver.needs else None
+        needed = calib if plan.needs else None
         result = api.run(
             built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from, memory_before=before
         )
@@ -123,35 +126,30 @@ def _recipes(
     group_size: int | None,
     symmetric: bool | None,
     settings: dict[str, Any],
+    overrides: Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, Recipe]:
     """Return the recipe of every run but the float one, by label; settings apply to the methods that have them."""
     if not methods or not bits:
         raise RecipeError(208, "there is nothing to compare: name at least one method and one number of bits.")
-    known = [FLOAT, *recipe.names()]
-    recipes, unused = {}, dict(settings)
+    recipes: dict[str, Recipe] = {}
+    unused = set(settings)
+    for name in (m for m in methods if m in recipe.suites()):
+        recipes |= {wish.label: wish.recipe() for wish in recipe.suite(name)}
     for width in bits:
         for method in methods:
-            if pick("method", method, known) == FLOAT:
+            if method == FLOAT or method in recipe.suites():
                 continue
-            plain = recipe.load(method, bits=width, group_size=group_size, symmetric=symmetric)
-            usable = {}
-            for key, value in settings.items():
-                try:
-                    recipe.load(method, settings={key: value})
-                except RecipeError as error:
-                    if error.number != 202:
-                        raise
-                else:
-                    usable[key] = value
-                    unused.pop(key, None)
-            chosen = (
-                recipe.load(method, bits=width, group_size=group_size, symmetric=symmetric, settings=usable)
-                if usable
-                else plain
+            for part in method.split("+"):
+                pick("method", part, [FLOAT, *recipe.names(), *recipe.suites()])
+            has = {f"{part}.{key}" for part, values in recipe.load(method).options().items() for key in values}
+            usable = {key: value for key, value in settings.items() if key in has}
+            unused -= usable.keys()
+            chosen = recipe.load(
+                method, bits=width, group_size=group_size, symmetric=symmetric, settings=usable, overrides=overrides
             )
-            recipes[f"{method}-{str(chosen.weights).rsplit('-', 1)[0]}"] = chosen
+            recipes[chosen.label] = chosen
     if unused and recipes:
-        raise RecipeError(209, f"none of the methods {', '.join(methods)} has the setting {next(iter(unused))!r}.")
+        raise RecipeError(209, f"none of the methods {', '.join(methods)} has the setting {min(unused)!r}.")
     return recipes
 
 
@@ -207,32 +205,48 @@ def _score(label: str, result: Result, ids: Tensor, reference: Reference, keep: 
         label=label,
         method=plan.recipe.name,
         bits=plan.recipe.weights.grid.bits,
-        bits_per_weight=plan.bits_per_weight,
+        bits_per_weight=result.bits_per_weight,
         perplexity=score.perplexity,
         kl=score.kl,
         seconds=result.seconds,
         peak_memory_bytes=result.peak_memory,
         bytes_on_disk=size,
         disk_note=note,
-        options={"format": str(plan.recipe.weights.with_scale(plan.dtype)), **asdict(plan.recipe.solver)},  # type: ignore[call-overload]
-        layers=tuple(_row(layer, plan) for layer in result.layers),
+        options={"format": str(plan.recipe.weights.with_scale(plan.dtype)), **_options(plan.recipe)},
+        layers=tuple(_row(layer) for layer in result.layers),
         notes=tuple(result.fallbacks()),
     )
 
 
+def _options(chosen: Recipe) -> dict[str, Any]:
+    """Return the options of a recipe's parts; those of the solver by their bare names."""
+    found = chosen.options()
+    rest = {
+        f"{part}.{key}": value for part, values in found.items() if part != "solver" for key, value in values.items()
+    }
+    return {**found["solver"], **rest}
+
+
 def _save(label: str, result: Result, keep: Path | None) -> tuple[int | None, str]:
     """Save the checkpoint to learn its size (and keep it if asked); return the bytes of its weight files and a note."""
-    reason = CompressedTensors().refuses(result.plan)
+    exporter = exporters.choose(result.plan)
+    reason = exporter.refuses(result.plan)
     if reason:
         return None, f"not saved: {reason}"
     bits = result.plan.recipe.weights.grid.bits
-    padded = f"{bits}-bit codes take {32 / (32 // bits):.2f} bits each in the file" if 32 % bits else ""
+    notes = []
+    if isinstance(exporter, CompressedTensors) and 32 % bits:
+        notes.append(f"{bits}-bit codes take {32 / (32 // bits):.2f} bits each in the file")
+    if isinstance(exporter, CompressedTensors) and result.plan.recipe.corrections:
+        notes.append("factors take 16 bits a number in the adapter, and are counted with 8")
+    if isinstance(exporter, Native):
+        notes.append("quantforge's own container, which quantforge.load reads")
     with tempfile.TemporaryDirectory() as scratch:
         folder = result.save((keep or Path(scratch)) / label)
-        return sum(f.stat().st_size for f in folder.glob("*.safetensors")), padded
+        return sum(f.stat().st_size for f in folder.rglob("*.safetensors")), "; ".join(notes)
 
 
-def _row(layer: Layer, plan: Plan) -> LayerRow:
+def _row(layer: Layer) -> LayerRow:
     base = layer.weight.base
     return LayerRow(
         name=layer.name,
@@ -240,7 +254,7 @@ def _row(layer: Layer, plan: Plan) -> LayerRow:
         block=arch.block_index(layer.name),
         shape=base.shape,
         format=str(base.format),
-        bits_per_weight=plan.layers[layer.name].bits_per_weight,
+        bits_per_weight=layer.weight.nbits / base.codes.numel(),
         loss=layer.loss,
         relative_loss=layer.relative_loss,
         notes=dict(layer.weight.notes),

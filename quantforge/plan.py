@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quantforge.errors import PlanError
+from quantforge.errors import PlanError, nearest
 from quantforge.models import arch
 from quantforge.models.walk import Stage
 from quantforge.numerics.formats import Format
-from quantforge.protocols import Exporter
+from quantforge.protocols import Correction, Exporter, Solver
 from quantforge.recipe import Recipe
 
 
@@ -22,21 +23,35 @@ from quantforge.recipe import Recipe
 class LayerPlan:
     """What one layer becomes.
 
-    name        full module name
-    shape       (out, in)
-    format      how it will be stored
-    transposed  True for GPT-2's Conv1D, which holds [in, out]
+    name         full module name
+    shape        (out, in)
+    format       how it will be stored
+    solver       how its codes are chosen
+    corrections  what is added to the result
+    transposed   True for GPT-2's Conv1D, which holds [in, out]
     """
 
     name: str
     shape: tuple[int, int]
     format: Format
+    solver: Solver
+    corrections: tuple[Correction, ...] = ()
     transposed: bool = False
 
     @property
+    def nbits(self) -> int:
+        """Count the bits of codes, scales, zero points and corrections; single weights kept in float come on top."""
+        return self.format.nbits(self.shape) + sum(c.nbits(self.shape) for c in self.corrections)
+
+    @property
     def bits_per_weight(self) -> float:
-        """Bits of one weight with its share of scales and zero points."""
-        return self.format.nbits(self.shape) / (self.shape[0] * self.shape[1])
+        """Bits of one weight with its share of all that is stored."""
+        return self.nbits / (self.shape[0] * self.shape[1])
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the statistics that its solver and corrections want."""
+        return (*self.solver.needs, *(need for c in self.corrections for need in c.needs))
 
 
 @dataclass(frozen=True)
@@ -59,10 +74,16 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Return the statistics that any of its parts wants; empty if it needs no data."""
+        parts = [need for p in self.layers.values() for need in p.needs]
+        return frozenset(parts) | {need for t in self.recipe.transforms for need in t.needs}
+
+    @property
     def bits_per_weight(self) -> float:
         """Mean bits per weight of the quantized layers, scales and zero points counted."""
         weights = sum(p.shape[0] * p.shape[1] for p in self.layers.values())
-        return sum(p.format.nbits(p.shape) for p in self.layers.values()) / max(weights, 1)
+        return sum(p.nbits for p in self.layers.values()) / max(weights, 1)
 
     @property
     def bytes_before(self) -> int:
@@ -73,7 +94,7 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         """Bytes of the quantized layers and of all that stays as it is."""
-        return self.kept[1] + sum(-(-p.format.nbits(p.shape) // 8) for p in self.layers.values())
+        return self.kept[1] + sum(-(-p.nbits // 8) for p in self.layers.values())
 
     def select(self, stages: Sequence[Stage]) -> list[Stage]:
         """Cut a model's stages down to the layers that this plan quantizes."""
@@ -106,33 +127,37 @@ class Plan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype, exporter: Exporter | None = None) -> Plan:
+def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     """Lay `recipe` over `model` (its weights may be on the meta device) and check all that needs no data.
 
-    dtype     the checkpoint's dtype: scales are stored in it
-    exporter  refuses here what it cannot write; None for models that stay in memory
+    dtype  the checkpoint's dtype: scales are stored in it
 
     Raises PlanError naming the layers and what would work.
     """
     found, note = arch.find_stages(model)
-    stages = _without(found, lambda name: _skipped(name, recipe.skip))
-    fmt = recipe.weights.with_scale(dtype)
+    chosen = _choose(recipe, [name for stage in found for name in stage.names])
+    stages = _without(found, lambda name: name not in chosen)
     layers = {}
     for stage in stages:
         for name, module in zip(stage.names, stage.modules, strict=True):
             out, width = (int(n) for n in module.weight.shape)  # type: ignore[union-attr]
             transposed = isinstance(module, Conv1D)
-            layers[name] = LayerPlan(name, (width, out) if transposed else (out, width), fmt, transposed)
+            own = chosen[name]
+            layers[name] = LayerPlan(
+                name,
+                (width, out) if transposed else (out, width),
+                own.weights.with_scale(dtype),
+                own.solver,
+                own.corrections,
+                transposed,
+            )
+    _refuse_unfit(layers)
     quantized = {id(m.weight) for s in stages for m in s.modules}
     rest = [p for p in model.parameters() if id(p) not in quantized]
     _refuse_tied(model, stages)
     kept = sum(p.numel() for p in rest)
-    plan = Plan(
-        recipe, tuple(s.names for s in stages), layers, (kept, kept * dtype.itemsize), dtype, (note,) if note else ()
-    )
-    if exporter is not None:
-        check_export(plan, exporter)
-    return plan
+    notes = (note,) if note else ()
+    return Plan(recipe, tuple(s.names for s in stages), layers, (kept, kept * dtype.itemsize), dtype, notes)
 
 
 def check_export(plan: Plan, exporter: Exporter) -> None:
@@ -157,8 +182,37 @@ def _without(stages: Sequence[Stage], drop: object) -> list[Stage]:
     return kept
 
 
-def _skipped(name: str, skip: Sequence[str]) -> bool:
-    return any(name == s or name.endswith(f".{s}") for s in skip)
+def _choose(recipe: Recipe, names: list[str]) -> dict[str, Recipe]:
+    """Return the recipe of each layer that is to be quantized; PlanError for an override that matches no layer."""
+    chosen = {name: recipe for name in names if not any(matches(name, s) for s in recipe.skip)}
+    for pattern, other in recipe.overrides:
+        hit = [name for name in names if matches(name, pattern)]
+        if not hit:
+            parts = {part for name in names for part in (name, name.rsplit(".", 1)[-1])}
+            raise PlanError(
+                255,
+                f"the override {pattern!r} matches no layer: {nearest(pattern, parts)}layers are called {names[0]} and "
+                "so on, and a pattern such as '*.down_proj' may have wildcards.",
+            )
+        for name in hit:
+            if other is None:
+                chosen.pop(name, None)
+            else:
+                chosen[name] = other
+    return chosen
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether a layer's full name is `pattern`, ends in it after a dot, or fits its wildcards."""
+    return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
+
+
+def _refuse_unfit(layers: dict[str, LayerPlan]) -> None:
+    """Ask every layer's solver and corrections whether they can do with its shape and format."""
+    for p in layers.values():
+        reasons = [p.solver.refuses(p.shape, p.format), *(c.refuses(p.shape, p.format) for c in p.corrections)]
+        for reason in filter(None, reasons):
+            raise PlanError(256, f"{p.name}: {reason}")
 
 
 def _refuse_tied(model: nn.Module, stages: Sequence[Stage]) -> None:

@@ -1,20 +1,22 @@
 """The kinds of plug-in and the laws they obey; what a contributor reads first.
 
 A plug-in is a frozen dataclass whose fields are its options, registered with `quantforge.registry.register`. It
-registers no hooks and sees no model: the pipeline collects what it `needs` and hands it over.
+registers no hooks and sees no model: the pipeline collects what it `needs` and hands it over in the `Problem`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from quantforge.numerics.formats import Format
     from quantforge.numerics.problem import Problem, QWeight
-    from quantforge.numerics.qtensor import QTensor
     from quantforge.plan import Plan
+
+Shape = tuple[int, int]
 
 
 class Solver(Protocol):
@@ -27,10 +29,54 @@ class Solver(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Return the statistics it wants collected: () or ("hessian",)."""
+        """Return the statistics it wants collected, of "hessian", "magnitude", "drift"."""
+
+    @property
+    def keeps_floats(self) -> bool:
+        """Tell whether its results may hold single weights in float beside the codes."""
+
+    def refuses(self, shape: Shape, fmt: Format) -> str | None:
+        """Return why a layer of `shape` (out, in) cannot be solved in `fmt`, and what could; None if it can."""
 
     def solve(self, problem: Problem) -> QWeight:
         """Return `problem.weight` [out, in] as codes in `problem.format`."""
+
+
+class Transform(Protocol):
+    """Rescales the input channels of layers, and what produces them the other way: the float model stays the same.
+
+    Laws: the scales are positive and finite, and the model's outputs are unchanged before anything is quantized.
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the statistics it wants collected."""
+
+    def scales(self, problem: Problem, tie: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what each input channel of `problem.weight` is to be multiplied by, [in]; ones leave it alone.
+
+        tie  [in] → [in]: makes a quantity the same in channels that must share their scale
+        """
+
+
+class Correction(Protocol):
+    """Appends to a result what makes up for its error.
+
+    Laws: it lowers the error that its docstring names, and codes stay as they are.
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the statistics it wants collected."""
+
+    def refuses(self, shape: Shape, fmt: Format) -> str | None:
+        """Return why a layer of `shape` (out, in) stored in `fmt` cannot be corrected; None if it can."""
+
+    def nbits(self, shape: Shape) -> int:
+        """Count the bits it adds to a layer of `shape`."""
+
+    def correct(self, problem: Problem, solved: QWeight) -> QWeight:
+        """Return `solved` with its residuals appended."""
 
 
 class Exporter(Protocol):
@@ -40,14 +86,17 @@ class Exporter(Protocol):
     same numbers, bit for bit.
     """
 
+    def takes(self, plan: Plan) -> bool:
+        """Tell whether this is the container for the formats of `plan`, if nothing else stands against it."""
+
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be written in this format, and what could; None if it can."""
 
-    def tensors(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+    def tensors(self, name: str, weight: QWeight) -> dict[str, Tensor]:
         """Return the tensors that stand in the file for the layer `name`, by full name."""
 
     def config(self, plan: Plan, linears: list[str]) -> dict[str, Any]:
         """Return the `quantization_config` that tells loaders how to read it; `linears` names every nn.Linear."""
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, QTensor]:
-        """Return the quantized layers by name, from a `quantization_config` and all tensors of a checkpoint."""
+    def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, QWeight]:
+        """Return the quantized layers by name, taking their tensors out of `tensors`, all those of a checkpoint."""

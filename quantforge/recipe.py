@@ -1,7 +1,8 @@
-"""Recipes: a named method with its format and options, from a bundled YAML file and the user's changes to it."""
+"""Recipes: a named method with its format and options, from bundled YAML files and the user's changes to them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
@@ -10,23 +11,31 @@ import yaml
 
 from quantforge import registry
 from quantforge.errors import RecipeError, nearest, pick
+from quantforge.numerics.blocks import Flat
 from quantforge.numerics.formats import Format, parse
-from quantforge.numerics.grids import int_grid
-from quantforge.protocols import Solver
+from quantforge.numerics.grids import Grid, IntGrid, int_grid, nf_grid
+from quantforge.protocols import Correction, Solver, Transform
 
-_FIELDS = ("about", "paper", "weights", "solver", "skip")
+DEFAULT_WEIGHTS = "int4-g64-asym"
+_FIELDS = ("about", "paper", "weights", "solver", "transforms", "corrections", "skip")
+_PARTS = {"solver": "solver", "transform": "transforms", "correction": "corrections"}
+_Slot = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What to do to a model.
 
-    name     the method's name
-    about    a sentence
-    paper    authors, venue, arXiv number
-    weights  how linear layers are stored; the dtype of scales is set to the checkpoint's when the plan is made
-    solver   how codes are chosen
-    skip     names of layers that stay as they are, full or by their last part
+    name         the method's name, or several joined by "+"
+    about        a sentence
+    paper        authors, venue, arXiv number
+    weights      how linear layers are stored; the dtype of scales is set to the checkpoint's when the plan is made
+    solver       how codes are chosen
+    transforms   what is done to the float model first
+    corrections  what is added to each layer's result
+    skip         names of layers that stay as they are, full or by their last part
+    overrides    (pattern, recipe for the layers it matches, or None to leave them alone); the last one that matches
+    wins
     """
 
     name: str
@@ -34,7 +43,35 @@ class Recipe:
     paper: str
     weights: Format
     solver: Solver
+    transforms: tuple[Transform, ...] = ()
+    corrections: tuple[Correction, ...] = ()
     skip: tuple[str, ...] = ("lm_head",)
+    overrides: tuple[tuple[str, Recipe | None], ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the statistics that any part of it, or of its overrides, wants collected."""
+        parts: list[Any] = [self.solver, *self.transforms, *self.corrections]
+        parts += [other for _, other in self.overrides if other is not None]
+        return tuple(sorted({need for part in parts for need in part.needs}))
+
+    @property
+    def label(self) -> str:
+        """Return the method and its format in one word."""
+        return f"{self.name}-{self.weights.short}"
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Return the options of every part, by the prefix that `--set` knows it by."""
+        found = {"solver": _values(self.solver)}
+        for prefix, parts in (("transform", self.transforms), ("correction", self.corrections)):
+            values = {key: value for part in parts for key, value in _values(part).items()}
+            if parts:
+                found[prefix] = values
+        return found
+
+
+def _values(part: object) -> dict[str, Any]:
+    return {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]
 
 
 def names() -> list[str]:
@@ -50,63 +87,200 @@ def load(
     group_size: int | None = None,
     symmetric: bool | None = None,
     settings: dict[str, Any] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Recipe:
-    """Return the bundled recipe `name`, changed as asked.
+    """Return the bundled recipe `name`, changed as asked; "awq+gptq" joins two that fill different slots.
 
     bits        2 to 8; None keeps the recipe's
     group_size  weights along the input that share a scale; -1 is a whole row (per channel)
     symmetric   True: no zero points
     settings    {"solver.damp_percent": 0.01, …}: options of the recipe's parts
+    overrides   {pattern of layer names: {"bits": 8, "group_size": 32, "method": "rtn", "skip": True}}
 
     Raises RecipeError for an unknown recipe, option or value, with the nearest name.
     """
+    raw = _join(name, [_read(part) for part in name.split("+")])
+    slots = {
+        "solver": [_slot(raw["solver"])],
+        "transforms": [_slot(s) for s in raw["transforms"]],
+        "corrections": [_slot(s) for s in raw["corrections"]],
+    }
+    for key, value in (settings or {}).items():
+        _set(slots, key, value)
+    built = {
+        kind: tuple(registry.create(kind, plug_in, options) for plug_in, options in slots[field])
+        for kind, field in _PARTS.items()
+    }
+    chosen = Recipe(
+        name,
+        raw["about"],
+        raw["paper"],
+        _change(parse(raw["weights"]), bits, group_size, symmetric),
+        built["solver"][0],
+        built["transform"],
+        built["correction"],
+        tuple(raw["skip"]),
+    )
+    others = tuple(
+        (pattern, _override(name, pattern, wish, (bits, group_size, symmetric)))
+        for pattern, wish in (overrides or {}).items()
+    )
+    return replace(chosen, overrides=others)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One row of a suite: a method, what `load` takes besides, and optionally the notation of another format."""
+
+    method: str
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    settings: dict[str, Any] | None = None
+    format: str | None = None
+
+    def recipe(self) -> Recipe:
+        """Return the recipe that is asked for."""
+        chosen = load(
+            self.method,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            settings=self.settings,
+        )
+        return replace(chosen, weights=parse(self.format)) if self.format else chosen
+
+    @property
+    def label(self) -> str:
+        """Return the recipe's label with the settings that set it apart."""
+        extra = [f"{key.rpartition('.')[2]}={value}" for key, value in (self.settings or {}).items()]
+        return " ".join([self.recipe().label, *extra])
+
+
+def suites() -> list[str]:
+    """Return the names of the bundled suites, sorted."""
+    folder = resources.files("quantforge") / "recipes" / "suites"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def suite(name: str) -> list[Wish]:
+    """Return the rows of a bundled suite."""
+    text = (resources.files("quantforge") / "recipes" / "suites" / f"{name}.yaml").read_text(encoding="utf-8")
+    return [Wish(**row) for row in yaml.safe_load(text)]
+
+
+def _read(name: str) -> dict[str, Any]:
     pick("method", name, names())
     text = (resources.files("quantforge") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     assert set(raw) <= set(_FIELDS), f"bundled recipe {name} has unknown fields"
-    solver, options = _solver(raw["solver"], settings or {})
-    fmt = _change(parse(raw["weights"]), bits, group_size, symmetric)
-    built = registry.create("solver", solver, options)
-    return Recipe(name, raw["about"], raw["paper"], fmt, built, tuple(raw.get("skip", ())))
+    found: dict[str, Any] = {"weights": DEFAULT_WEIGHTS, "solver": "rtn", "transforms": [], "corrections": []}
+    return {**found, "skip": ["lm_head"], **raw}
 
 
-def _solver(slot: str | dict[str, dict[str, Any]], settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _join(name: str, raws: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fill each slot from the one recipe that has something of its own to put there."""
+    joined = dict(raws[0])
+    for raw in raws[1:]:
+        for slot, plain in (("weights", (DEFAULT_WEIGHTS,)), ("solver", ("rtn",))):
+            if raw[slot] in plain or raw[slot] == joined[slot]:
+                continue
+            rounding = slot == "solver" and "rtn" in (_slot(raw[slot])[0], _slot(joined[slot])[0])
+            if joined[slot] not in plain and not rounding:
+                what = "how weights are stored" if slot == "weights" else "how codes are chosen"
+                raise RecipeError(214, f"{name!r} joins methods that each say {what}; name one of them.")
+            if not (rounding and _slot(raw[slot])[0] == "rtn" and joined[slot] not in plain):
+                joined[slot] = raw[slot]
+        joined["transforms"] = joined["transforms"] + raw["transforms"]
+        joined["corrections"] = joined["corrections"] + raw["corrections"]
+        joined["about"] += f"; then: {raw['about'][0].lower()}{raw['about'][1:]}"
+        joined["paper"] += f"; {raw['paper']}"
+    return joined
+
+
+def _slot(slot: str | dict[str, dict[str, Any]]) -> _Slot:
     name, options = (slot, {}) if isinstance(slot, str) else next(iter(slot.items()))
-    options = dict(options)
-    for key, value in settings.items():
-        part, _, option = key.partition(".")
-        if part != "solver" or not option:
-            known = [f"solver.{o}" for o in registry.options("solver", name)]
-            hint = nearest(key, known)
-            raise RecipeError(205, f"there is no setting {key!r}: {hint}there are: {', '.join(known)}.")
+    return name, dict(options)
+
+
+def _set(slots: dict[str, list[_Slot]], key: str, value: Any) -> None:
+    """Put one of the user's settings into the slot that has it."""
+    part, _, option = key.partition(".")
+    there = [(kind, slot) for kind, field in _PARTS.items() for slot in slots[field]]
+    known = [f"{kind}.{o}" for kind, (name, _) in there for o in registry.options(kind, name)]
+    own = [(kind, slot) for kind, slot in there if kind == part]
+    if not own or not option:
+        raise RecipeError(205, f"there is no setting {key!r}: {nearest(key, known)}there are: {', '.join(known)}.")
+    having = [slot for kind, slot in own if option in registry.options(kind, slot[0])]
+    for _, options in having or [own[0][1]]:  # where none has it, creating the plug-in says so
         options[option] = value
-    return name, options
+
+
+def _override(name: str, pattern: str, wish: Mapping[str, Any], base: tuple[Any, Any, Any]) -> Recipe | None:
+    known = ("bits", "group_size", "symmetric", "method", "skip")
+    for key in wish:
+        if key not in known:
+            raise RecipeError(
+                215, f"the override {pattern!r} has no {key!r}: {nearest(key, known)}there are: {', '.join(known)}."
+            )
+    if wish.get("skip"):
+        return None
+    method = wish.get("method")
+    bits, group_size, symmetric = (wish.get(key, value) for key, value in zip(known, base, strict=False))
+    return load(name if method is None else method, bits=bits, group_size=group_size, symmetric=symmetric)
 
 
 def _change(fmt: Format, bits: int | None, group_size: int | None, symmetric: bool | None) -> Format:
     if bits is not None:
-        if type(bits) is not int or bits not in range(2, 9):
-            raise RecipeError(206, f"bits must be a whole number from 2 to 8, not {bits!r}.")
-        fmt = replace(fmt, grid=int_grid(bits))
+        fmt = replace(fmt, grid=_widen(fmt.grid, bits))
     if group_size is not None:
         if type(group_size) is not int or (group_size < 1 and group_size != -1):
             raise RecipeError(207, f"group size must be at least 1, or -1 for a whole row, not {group_size!r}.")
-        fmt = replace(fmt, block=(1, None if group_size == -1 else group_size))
-    return fmt if symmetric is None else replace(fmt, symmetric=symmetric)
+        if isinstance(fmt.block, Flat) and group_size != -1:
+            fmt = replace(fmt, block=Flat(group_size))
+        else:
+            fmt = replace(fmt, block=(1, None if group_size == -1 else group_size))
+    if symmetric is False and not isinstance(fmt.grid, IntGrid):
+        raise RecipeError(216, f"{fmt.grid.name} has no zero points; leave --asymmetric out.")
+    if symmetric is None or symmetric == fmt.symmetric:
+        return fmt
+    if fmt.zero is not None:
+        raise RecipeError(216, f"{fmt} needs its zero points; leave --symmetric out.")
+    return replace(fmt, symmetric=symmetric)
+
+
+def _widen(grid: Grid, bits: int) -> Grid:
+    """Return the grid of the same family with `bits`."""
+    if type(bits) is not int or bits not in range(2, 9):
+        raise RecipeError(206, f"bits must be a whole number from 2 to 8, not {bits!r}.")
+    if isinstance(grid, IntGrid):
+        return int_grid(bits)
+    if grid.name.startswith("nf"):
+        return nf_grid(bits)
+    if bits != grid.bits:
+        raise RecipeError(206, f"{grid.name} has {grid.bits} bits, not {bits}; leave --bits out.")
+    return grid
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Return every bundled recipe with its paper, format and the options of its solver, as plain values."""
+    """Return every bundled recipe with its paper, format and the options of its parts, as plain values."""
     found = []
     for name in names():
         chosen = load(name)
+        parts = [("solver", chosen.solver), *(("transform", t) for t in chosen.transforms)]
+        parts += [("correction", c) for c in chosen.corrections]
+        options = {
+            f"{kind}.{f.name}": (str(f.type), getattr(part, f.name))
+            for kind, part in parts
+            for f in fields(part)  # type: ignore[arg-type]
+        }
         found.append(
             {
                 "name": name,
                 "about": chosen.about,
                 "paper": chosen.paper,
-                "weights": str(chosen.weights).rsplit("-", 1)[0],
-                "options": {f.name: (str(f.type), getattr(chosen.solver, f.name)) for f in fields(chosen.solver)},  # type: ignore[arg-type]
+                "weights": chosen.weights.short,
+                "options": options,
             }
         )
     return found

@@ -14,8 +14,21 @@ from typing import Any, get_type_hints
 
 from quantforge.errors import RecipeError, nearest, pick
 
-KINDS = ("solver", "exporter")
-_BUILT_IN = ("quantforge.solvers.rtn", "quantforge.solvers.gptq", "quantforge.exporters.compressed_tensors")
+KINDS = ("solver", "transform", "correction", "exporter")
+_BUILT_IN = (
+    "quantforge.solvers.rtn",
+    "quantforge.solvers.gptq",
+    "quantforge.solvers.gptaq",
+    "quantforge.solvers.spqr",
+    "quantforge.solvers.hqq",
+    "quantforge.solvers.quantile",
+    "quantforge.solvers.obq",
+    "quantforge.transforms.awq",
+    "quantforge.corrections.lorc",
+    "quantforge.exporters.compressed_tensors",
+    "quantforge.exporters.bitsandbytes",
+    "quantforge.exporters.native",
+)
 _TABLE: dict[tuple[str, str], type] = {}
 
 

@@ -13,11 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quantforge import exporters
 from quantforge.errors import clean
-from quantforge.exporters.compressed_tensors import CompressedTensors
+from quantforge.exporters import peft
+from quantforge.exporters.native import Native
+from quantforge.models import moe
 from quantforge.models.load import quiet
+from quantforge.numerics.residuals import LowRank
 from quantforge.pipeline import Layer
 from quantforge.plan import Plan, check_export
+from quantforge.protocols import Exporter
 from quantforge.store import MARK, check_target, publish
 
 MAX_SHARD_SIZE = "5GB"
@@ -46,12 +51,23 @@ class Result:
     seconds: float
     peak_memory: int | None
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits per weight of the quantized layers, with scales, zero points, factors and floats counted."""
+        weights = sum(p.shape[0] * p.shape[1] for p in self.plan.layers.values())
+        return sum(layer.weight.nbits for layer in self.layers) / max(weights, 1)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the quantized layers and of all that stays as it is, without what a container pads."""
+        return self.plan.kept[1] + sum(-(-layer.weight.nbits // 8) for layer in self.layers)
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a compressed-tensors checkpoint to `folder`, whole or not at all; return the folder.
+        """Write a checkpoint to `folder`, whole or not at all, in the first format that holds it; return the folder.
 
         Raises PlanError if the folder exists (unless `overwrite`) or the format cannot hold the model.
         """
-        folder, exporter = Path(folder), CompressedTensors()
+        folder, exporter = Path(folder), exporters.choose(self.plan)
         check_export(self.plan, exporter)
         check_target(folder, overwrite=overwrite)
         with publish(folder, overwrite=overwrite) as staging:
@@ -68,9 +84,11 @@ class Result:
             "paper": recipe.paper,
             "format": str(recipe.weights.with_scale(self.plan.dtype)),
             "solver": repr(recipe.solver),
-            "bits_per_weight": self.plan.bits_per_weight,
+            "transforms": [repr(t) for t in recipe.transforms],
+            "corrections": [repr(c) for c in recipe.corrections],
+            "bits_per_weight": self.bits_per_weight,
             "bytes_before": self.plan.bytes_before,
-            "bytes_after": self.plan.bytes_after,
+            "bytes_after": self.bytes_after,
             "calibration": self.calibration,
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
@@ -80,7 +98,7 @@ class Result:
                     "name": layer.name,
                     "shape": list(layer.weight.base.shape),
                     "format": str(layer.weight.base.format),
-                    "bits_per_weight": self.plan.layers[layer.name].bits_per_weight,
+                    "bits_per_weight": layer.weight.nbits / layer.weight.base.codes.numel(),
                     "loss": layer.loss,
                     "relative_loss": layer.relative_loss,
                     "tokens": layer.tokens,
@@ -96,8 +114,8 @@ class Result:
         worst = sorted(self.layers, key=lambda layer: -layer.relative_loss)[:3]
         memory = f", {self.peak_memory / 1e6:.0f} MB above the model" if self.peak_memory is not None else ""
         lines = [
-            f"{self.source}: {plan.recipe.name}, {len(self.layers)} layers at {plan.bits_per_weight:.3f} bits a weight",
-            f"{plan.bytes_before / 1e6:.1f} MB -> {plan.bytes_after / 1e6:.1f} MB in {self.seconds:.1f} s{memory}",
+            f"{self.source}: {plan.recipe.name}, {len(self.layers)} layers at {self.bits_per_weight:.3f} bits a weight",
+            f"{plan.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB in {self.seconds:.1f} s{memory}",
             "most lost: " + ", ".join(f"{layer.name} {layer.relative_loss:.2%}" for layer in worst),
         ]
         notes = [f"note: {clean(note)}" for note in (*self.fallbacks(), *plan.notes)]
@@ -105,17 +123,27 @@ class Result:
 
     def fallbacks(self) -> list[str]:
         """Name the layers that could not be solved as asked: more damping, a diagonal Hessian, no tokens."""
-        asked = getattr(self.plan.recipe.solver, "damp_percent", None)
         found = []
         for layer in self.layers:
-            notes = layer.weight.notes
-            if self.plan.recipe.solver.needs and not layer.tokens:
+            notes, planned = layer.weight.notes, self.plan.layers[layer.name]
+            asked = getattr(planned.solver, "damp_percent", None)
+            if planned.needs and not layer.tokens:
                 found.append(f"{layer.name} saw no calibration token and was rounded")
             elif notes.get("rung") == "diagonal":
                 found.append(f"{layer.name}: its Hessian could not be factored, and only its diagonal was used")
             elif asked is not None and notes.get("damp") != asked:
                 found.append(f"{layer.name}: damping was raised to {notes.get('damp')}")
-        return found
+        return [*found, *self._starved()]
+
+    def _starved(self) -> list[str]:
+        """Name the experts that saw fewer tokens than their inputs, or less than 1 % of all."""
+        every = max((layer.tokens for layer in self.layers), default=0)
+        found: dict[str, str] = {}
+        for layer in self.layers:
+            expert, planned = moe.expert_of(layer.name), self.plan.layers[layer.name]
+            if expert and planned.needs and 0 < layer.tokens < max(planned.shape[1], every / 100):
+                found.setdefault(expert, f"{expert} saw only {layer.tokens:,} of {every:,} calibration tokens")
+        return list(found.values())
 
 
 def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -129,19 +157,25 @@ def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
     return result
 
 
-def _write(result: Result, exporter: CompressedTensors, staging: Path) -> None:
+def _write(result: Result, exporter: Exporter, staging: Path) -> None:
     """Write weights, configs, tokenizer and the record into `staging`; what is not quantized stays in its own dtype."""
     model, dtype = result.model, result.plan.dtype
     assert isinstance(model, PreTrainedModel)
     tensors = _in_dtype(model.state_dict(), dtype)
     for layer in result.layers:
         del tensors[f"{layer.name}.weight"]
-        tensors |= {k: v.cpu() for k, v in exporter.tensors(layer.name, layer.weight.base).items()}
+        tensors |= {k: v.cpu() for k, v in exporter.tensors(layer.name, layer.weight).items()}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears += moe.routers(model)  # linear layers to other loaders
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     config.quantization_config = exporter.config(result.plan, linears)
+    factors = {layer.name: r for layer in result.layers for r in layer.weight.residuals if isinstance(r, LowRank)}
+    if isinstance(exporter, Native):
+        config.quantization_config["layers"] = {layer.name: exporter.describe(layer.weight) for layer in result.layers}
+    elif factors:
+        peft.write(staging / peft.FOLDER, factors, result.source)
     with quiet():
         before = model.config.dtype
         model.save_pretrained(staging, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantforge.numerics.formats import parse
-from quantforge.numerics.problem import Problem
+from quantforge.numerics.problem import Drift, Problem
 
 INPUTS = ("white", "correlated", "ar", "heavy", "deficient", "dead")
 WEIGHTS = ("normal", "outliers", "one-sign", "half-zero")
@@ -57,14 +57,28 @@ def problem(
     w: str = "normal",
     tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
+    drift: float = 0.0,
 ) -> Problem:
-    """Return a layer of `out` × `width` in the format `fmt`, with weight and Hessian in `dtype`."""
+    """Return a layer of `out` × `width` in the format `fmt`, with weight and all statistics in `dtype`.
+
+    drift  how far the float model's inputs are from these, as a share; 0 for none collected
+    """
     rng = torch.Generator().manual_seed(seed)
     count = tokens or 4 * width
     sample = inputs(x, count, width, rng)
     # float32 first, so that the same problem can be had in float64 with equal numbers
     weight = weights(w, out, width, rng).float().to(dtype)
-    return Problem("layer", weight, parse(fmt), (sample.T @ sample * (2 / count)).float().to(dtype))
+    hessian = (sample.T @ sample * (2 / count)).float().to(dtype)
+    moved = drifted(sample + drift * sample.roll(1, 1), sample, dtype) if drift else None
+    return Problem("layer", weight, parse(fmt), hessian, sample.abs().mean(0).to(dtype), moved)
+
+
+def drifted(float_inputs: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Drift:
+    """Return the statistics of x̃ and x [tokens, width]; every fourth token is held out."""
+    moved, held = float_inputs - x, slice(3, None, 4)
+    count, kept = len(x), len(x[held])
+    parts = (moved.T @ x * (2 / count), moved[held].T @ x[held] * (2 / kept), x[held].T @ x[held] * (2 / kept))
+    return Drift(*(part.to(dtype) for part in parts), kept / count)
 
 
 def damped(h: Tensor, share: float, relative: bool = False) -> Tensor:

@@ -174,7 +174,7 @@ def test_settings_go_to_the_methods_that_have_them(shared):
         ({"methods": ["fp", "gtpq"]}, RecipeError, "did you mean 'gptq'"),
         ({"methods": ["rtn"], "settings": {"solver.damp_percent": 0.1}}, RecipeError, "solver.damp_percent"),
         ({"settings": {"solver.damp_percent": "abc"}}, RecipeError, "'abc'"),
-        ({"settings": {"solvr.damp_percent": 1}}, RecipeError, "no setting 'solvr.damp_percent'"),
+        ({"settings": {"solvr.damp_percent": 1}}, RecipeError, "the setting 'solvr.damp_percent'"),
         ({"bits": [4, 9]}, RecipeError, "2 to 8"),
         ({"seq_len": 513}, PlanError, "at most 512"),
         ({"keep": TINY}, PlanError, "tiny-llama"),

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantforge
 from quantforge import plan as planning
-from quantforge import recipe
+from quantforge import exporters, recipe
 from quantforge.errors import PlanError
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.models import arch, tiny
@@ -45,14 +45,16 @@ def skeleton(**changes: int) -> nn.Module:
 )
 def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(widths, group, parts):
     with pytest.raises(PlanError) as caught:
-        planning.make(skeleton(**widths), recipe.load("gptq", group_size=group), torch.bfloat16, CompressedTensors())
+        plan = planning.make(skeleton(**widths), recipe.load("gptq", group_size=group), torch.bfloat16)
+        planning.check_export(plan, exporters.choose(plan))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("group", [96, 64, 48, 32, 16, -1])
 def test_the_sizes_named_do_divide(group):
-    plan = planning.make(skeleton(), recipe.load("gptq", group_size=group), torch.bfloat16, CompressedTensors())
+    plan = planning.make(skeleton(), recipe.load("gptq", group_size=group), torch.bfloat16)
+    planning.check_export(plan, CompressedTensors())
     assert len(plan.layers) == 210
     blocks = 576 * 576 // (576 if group == -1 else group)
     assert plan.layers["model.layers.0.self_attn.q_proj"].bits_per_weight == 4 + 20 * blocks / 576**2
@@ -115,7 +117,8 @@ def test_scales_shared_between_rows_are_refused_for_a_checkpoint():
     chosen = recipe.load("rtn")
     chosen = replace(chosen, weights=replace(chosen.weights, block=(None, None)))
     with pytest.raises(PlanError, match=r"cannot hold int4-tensor-asym-bf16 of model.layers.0.self_attn.q_proj"):
-        planning.make(tiny.make("llama"), chosen, torch.bfloat16, CompressedTensors())
+        plan = planning.make(tiny.make("llama"), chosen, torch.bfloat16)
+        planning.check_export(plan, CompressedTensors())
 
 
 @pytest.mark.parametrize("kind", tiny.names())

@@ -1,26 +1,72 @@
 """Put the tables that the README shows into it, from the committed reports: `make readme`.
 
-A line `<!-- table: FILE -->` is followed by the table of that report, up to `<!-- end of table -->`.
+A line `<!-- table: FILE -->` is followed by the table of that report, up to `<!-- end of table -->`; a line
+`<!-- methods: FILE -->` by a row for each of its runs, with the method's page and paper. Such a slot stays as it is while
+its report does not exist.
 """
 
 import re
 from pathlib import Path
 
-from quantforge import record, report
+from quantforge import recipe, record, report
+from quantforge.errors import RecipeError
+from quantforge.record import Report, Run
 
 ROOT = Path(__file__).parent.parent
-_SLOT = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_SLOT = re.compile(r"(<!-- (table|methods): (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def refreshed(text: str) -> str:
-    """Return the README `text` with every table as its report has it now."""
+def refreshed(text: str, root: Path = ROOT) -> str:
+    """Return the README `text` with every table as its report below `root` has it now."""
 
-    def table(slot: re.Match[str]) -> str:
-        found = record.from_json((ROOT / slot[2]).read_text(encoding="utf-8"))
+    def filled(slot: re.Match[str]) -> str:
+        file = root / slot[3]
+        if slot[2] == "methods" and not file.exists():
+            return slot[0]
+        found = record.from_json(file.read_text(encoding="utf-8"))
         facts = f"`{found.command}`, {found.machine.get('processor', 'unknown processor')}, {found.created}"
-        return f"{slot[1]}\n{report.table(found)}\n\n{facts}\n{slot[3]}"
+        table = report.table(found) if slot[2] == "table" else methods(found)
+        return f"{slot[1]}\n{table}\n\n{facts}\n{slot[4]}"
 
-    return _SLOT.sub(table, text)
+    return _SLOT.sub(filled, text)
+
+
+def methods(found: Report) -> str:
+    """Return a row for each run: the method linked to its page, its paper, and what was measured."""
+    rows = [
+        ["method", "paper", "bits per weight", "perplexity", "KL", "seconds"],
+        ["---", "---", *["---:"] * 4],
+        *(_row(run) for run in found.runs),
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _row(run: Run) -> list[str]:
+    seconds = "" if run.bits is None else report.number(run.seconds, ".1f")
+    return [
+        _linked(run),
+        report.escape_markdown(_paper(run.method)),
+        report.number(run.bits_per_weight, ".3f"),
+        report.perplexity(run.perplexity),
+        report.number(run.kl, "z.4f"),
+        seconds,
+    ]
+
+
+def _linked(run: Run) -> str:
+    """Return a run's label, in which each method that has a page is a link to it."""
+    label, known = report.escape_markdown(run.label), recipe.names()
+    if not label.startswith(run.method):
+        return label
+    links = (f"[{part}](docs/methods/{part}.md)" if part in known else part for part in run.method.split("+"))
+    return "+".join(links) + label.removeprefix(run.method)
+
+
+def _paper(method: str) -> str:
+    try:
+        return recipe.load(method).paper
+    except RecipeError:
+        return ""
 
 
 if __name__ == "__main__":

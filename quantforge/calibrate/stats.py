@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from quantforge.numerics.problem import Drift
 
 _TILES = 8
 
@@ -40,3 +44,70 @@ class Hessian:
         upper = torch.triu(self.total)
         full = upper + torch.triu(upper, 1).T
         return (full * (2 / max(self.tokens, 1))).float()
+
+
+class Cross:
+    """(2 / N) Σ (x̃ − x) xᵀ over N tokens: how the float model's inputs x̃ differ from a layer's own, x."""
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        self.total = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor, float_x: Tensor) -> None:
+        """Add the tokens of `x` [..., in] and `float_x`, of the same shape."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        difference = float_x.detach().reshape(x.shape).float() - x
+        finite = difference.isfinite().all(1) & x.isfinite().all(1)
+        if not bool(finite.all()):
+            x, difference = x[finite], difference[finite]
+        self.total += difference.T @ x
+        self.tokens += x.shape[0]
+
+    def value(self) -> Tensor:
+        """Return the mean [in, in], float32."""
+        return (self.total * (2 / max(self.tokens, 1))).float()
+
+
+class Statistics:
+    """All that is collected about one stage's input, batch by batch.
+
+    needs  of "hessian", "magnitude", "drift"
+    held   numbers of the batches that are held out from what drift is fitted on
+    """
+
+    def __init__(
+        self, needs: frozenset[str], width: int, device: torch.device | None = None, held: frozenset[int] = frozenset()
+    ) -> None:
+        self.needs, self.held = needs, held
+        self.hessian = Hessian(width, device)
+        self.magnitude = torch.zeros(width, dtype=torch.float64, device=device)
+        if "drift" in needs:
+            self.held_hessian = Hessian(width, device)
+            self.cross, self.held_cross = Cross(width, device), Cross(width, device)
+
+    def add(self, batch: int, x: Tensor, float_x: Tensor | None = None) -> None:
+        """Add the tokens of `x` [..., in] of one batch; `float_x` is what the float model has there."""
+        self.hessian.add(x)
+        if "magnitude" in self.needs:
+            flat = x.detach().reshape(-1, x.shape[-1]).double().abs()
+            self.magnitude += flat.masked_fill(~flat.isfinite(), 0).sum(0)
+        if float_x is not None:
+            self.cross.add(x, float_x)
+            if batch in self.held:
+                self.held_hessian.add(x)
+                self.held_cross.add(x, float_x)
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens were seen."""
+        return self.hessian.tokens
+
+    def fields(self) -> dict[str, Any]:
+        """Return them by the names of the fields of a Problem."""
+        found: dict[str, Any] = {"hessian": self.hessian.value()}
+        if "magnitude" in self.needs:
+            found["magnitude"] = (self.magnitude / max(self.tokens, 1)).float()
+        if "drift" in self.needs:
+            share = self.held_hessian.tokens / max(self.tokens, 1)
+            found["drift"] = Drift(self.cross.value(), self.held_cross.value(), self.held_hessian.value(), share)
+        return found

@@ -10,6 +10,7 @@ release.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,17 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from quantforge.errors import ModelError
-from quantforge.numerics.blocks import counts
+from quantforge.errors import ModelError, PlanError
+from quantforge.models import moe
+from quantforge.numerics.blocks import Flat, counts
 from quantforge.numerics.formats import SCALE_DTYPES, Format
 from quantforge.numerics.grids import IntGrid, int_grid
+from quantforge.numerics.problem import QWeight
 from quantforge.numerics.qtensor import QTensor
 from quantforge.plan import Plan
 from quantforge.registry import register
 
+_ALL_EXPERTS = r"re:.*\.experts\..*"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -33,6 +37,10 @@ _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 @dataclass(frozen=True)
 class CompressedTensors:
     """`pack-quantized` checkpoints of the compressed-tensors library."""
+
+    def takes(self, plan: Plan) -> bool:
+        """Tell whether `plan` has only integer formats of this container; low-rank factors go beside it."""
+        return all(_plain(p.format) and not p.solver.keeps_floats for p in plan.layers.values())
 
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be held exactly, and what could; None if it can."""
@@ -43,14 +51,14 @@ class CompressedTensors:
                 "Conv1D; quantize in memory from Python, or use `quantforge compare`, which needs no checkpoint."
             )
         for p in plan.layers.values():
-            if not isinstance(p.format.grid, IntGrid) or p.format.block[0] != 1:
+            if not _plain(p.format) or p.format.block[0] != 1:  # type: ignore[index]
                 return (
                     f"compressed-tensors cannot hold {p.format} of {p.name}; int2 to int8 by group or channel it can."
                 )
-        uneven = [p for p in plan.layers.values() if p.format.block[1] and p.shape[1] % p.format.block[1]]
+        uneven = [p for p in plan.layers.values() if p.shape[1] % (_columns(p.format) or 1)]
         if uneven:
             widths = sorted({p.shape[1] for p in uneven})
-            group = uneven[0].format.block[1]
+            group = _columns(uneven[0].format)
             sizes = [
                 n for n in (256, 128, 96, 64, 48, 32, 16) if all(p.shape[1] % n == 0 for p in plan.layers.values())
             ]
@@ -59,46 +67,55 @@ class CompressedTensors:
                 f"group size {group} does not divide the {' and '.join(map(str, widths))} inputs of {len(uneven)} "
                 f"layers (first {uneven[0].name}); these sizes divide every layer: {works}."
             )
-        return None
+        return _refuses_experts(plan)
 
-    def tensors(self, name: str, weight: QTensor) -> dict[str, Tensor]:
-        """Return the tensors that stand in the file for the layer `name`, by full name."""
-        bits, half = weight.format.grid.bits, 1 << (weight.format.grid.bits - 1)
-        signed = (weight.codes.to(torch.int16) - half).to(torch.int8)
+    def tensors(self, name: str, weight: QWeight) -> dict[str, Tensor]:
+        """Return the tensors that stand in the file for the layer `name`, by full name; factors stand elsewhere."""
+        q = weight.base
+        assert isinstance(q.scale, Tensor)
+        bits, half = q.format.grid.bits, 1 << (q.format.grid.bits - 1)
+        signed = (q.codes.to(torch.int16) - half).to(torch.int8)
         out = {
             f"{name}.weight_packed": pack_to_int32(signed, bits),
-            f"{name}.weight_scale": weight.scale.contiguous(),
-            f"{name}.weight_shape": torch.tensor(weight.shape),
+            f"{name}.weight_scale": q.scale.contiguous(),
+            f"{name}.weight_shape": torch.tensor(q.shape),
         }
-        if weight.zero is not None:
-            out[f"{name}.weight_zero_point"] = pack_to_int32(weight.zero.contiguous(), bits, packed_dim=0)
+        if isinstance(q.zero, Tensor):
+            out[f"{name}.weight_zero_point"] = pack_to_int32(q.zero.contiguous(), bits, packed_dim=0)
         return out
 
     def config(self, plan: Plan, linears: list[str]) -> dict[str, Any]:
         """Return the `quantization_config`, in keys that every reader of the format has long known.
 
         linears  names of all nn.Linear modules of the model; those that the plan leaves alone are listed as ignored
+
+        Raises PlanError for experts that are left alone, which stock loaders would lose.
         """
-        fmt = next(iter(plan.layers.values())).format
-        weights: dict[str, Any] = {
-            "num_bits": fmt.grid.bits,
-            "type": "int",
-            "symmetric": fmt.symmetric,
-            "strategy": "group" if fmt.block[1] else "channel",
-            "dynamic": False,
-        }
-        if fmt.block[1]:
-            weights["group_size"] = fmt.block[1]
+        floats = [name for name in linears if moe.expert_of(name) and name not in plan.layers]
+        if floats:
+            raise PlanError(
+                253,
+                f"stock loaders lose experts that are not quantized, such as {floats[0]} (with {len(floats) - 1} more); "
+                "quantize all experts, or keep the result in memory.",
+            )
+        by_format: dict[Format, list[str]] = {}
+        for p in plan.layers.values():
+            by_format.setdefault(p.format, []).append(p.name)
+        groups = {}
+        for i, (fmt, names) in enumerate(by_format.items()):
+            # a file of one format says so for all layers; one of several names each layer
+            targets = ["Linear"] if len(by_format) == 1 else _targets(names)
+            groups[f"group_{i}"] = {"targets": targets, "weights": _scheme(fmt)}
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "config_groups": groups,
             "ignore": [name for name in linears if name not in plan.layers],
         }
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, QTensor]:
-        """Return the quantized layers by name, from a `quantization_config` and all tensors of a checkpoint.
+    def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, QWeight]:
+        """Return the quantized layers by name, taking their tensors out of `tensors`, all those of a checkpoint.
 
         Raises ModelError for another format, and for tensors that are missing or do not fit together.
         """
@@ -107,21 +124,84 @@ class CompressedTensors:
             raise ModelError(
                 370, f"the checkpoint is in {found}; quantforge reads compressed-tensors / pack-quantized."
             )
-        fmt = _read_scheme(config.get("config_groups"))
+        schemes = _read_schemes(config.get("config_groups"))
         layers = {}
-        for key in tensors:
+        for key in list(tensors):
             name, _, part = key.rpartition(".")
             if part == "weight_packed":
-                layers[name] = _unpack(name, fmt, {p: tensors.get(f"{name}.{p}") for p in _PARTS})
+                fmt = next((f for targets, f in schemes if _is_target(name, targets)), None)
+                if fmt is None:
+                    raise ModelError(371, f"no config group of the checkpoint says how {name} is stored.")
+                parts = {p: tensors.pop(f"{name}.{p}", None) for p in _PARTS}
+                layers[name] = QWeight(_unpack(name, fmt, parts), {})
         return layers
 
 
-def _read_scheme(groups: object) -> Format:
-    """Return the format that the config groups describe; the dtype of scales is known from the tensors only."""
-    if not isinstance(groups, dict) or len(groups) != 1:
-        count = len(groups) if isinstance(groups, dict) else "no"
-        raise ModelError(371, f"the checkpoint has {count} config groups; quantforge reads one.")
-    group = next(iter(groups.values()))
+def _plain(fmt: Format) -> bool:
+    scaled = isinstance(fmt.scale, torch.dtype) and fmt.zero is None and not fmt.centered
+    return isinstance(fmt.grid, IntGrid) and scaled and not isinstance(fmt.block, Flat)
+
+
+def _columns(fmt: Format) -> int | None:
+    assert not isinstance(fmt.block, Flat)
+    return fmt.block[1]
+
+
+def _targets(names: list[str]) -> list[str]:
+    """Name each layer, and all experts by a pattern: that is how stock loaders know their format from the others'."""
+    plain = [name for name in names if not moe.expert_of(name)]
+    return [*plain, _ALL_EXPERTS] if len(plain) < len(names) else plain
+
+
+def _refuses_experts(plan: Plan) -> str | None:
+    """Return why stock loaders, which put the experts of a block together as they read, could not read `plan`."""
+    experts = [p for p in plan.layers.values() if moe.expert_of(p.name)]
+    others = f"(with {len(experts) - 1} more)"
+    if any(not p.format.symmetric for p in experts):
+        return f"stock loaders drop the zero points of experts, such as {experts[0].name} {others}; --symmetric works."
+    if any(p.corrections for p in experts):
+        return f"no adapter fits experts such as {experts[0].name} {others}; a method without low-rank factors works."
+    odd = next((p for p in experts if p.format != experts[0].format), None)
+    if odd is not None:
+        return (
+            f"stock loaders read all experts in one format, but {experts[0].name} is {experts[0].format} and {odd.name} "
+            f"is {odd.format}; give all experts one format."
+        )
+    return None
+
+
+def _scheme(fmt: Format) -> dict[str, Any]:
+    assert not isinstance(fmt.block, Flat)
+    weights: dict[str, Any] = {
+        "num_bits": fmt.grid.bits,
+        "type": "int",
+        "symmetric": fmt.symmetric,
+        "strategy": "group" if fmt.block[1] else "channel",
+        "dynamic": False,
+    }
+    if fmt.block[1]:
+        weights["group_size"] = fmt.block[1]
+    return weights
+
+
+def _is_target(name: str, targets: list[str]) -> bool:
+    return any(t == "Linear" or t == name or (t.startswith("re:") and re.match(t[3:], name)) for t in targets)
+
+
+def _read_schemes(groups: object) -> list[tuple[list[str], Format]]:
+    """Return (targets, format) of each config group; the dtype of scales is known from the tensors only."""
+    if not isinstance(groups, dict) or not groups:
+        raise ModelError(371, "the checkpoint has no config groups that say how its layers are stored.")
+    found = []
+    for group in groups.values():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+            raise ModelError(371, "a config group of the checkpoint does not say which layers it is for.")
+        found.append((targets, _read_scheme(group)))
+    return sorted(found, key=lambda pair: "Linear" in pair[0])  # names before what stands for all
+
+
+def _read_scheme(group: object) -> Format:
     args = group.get("weights") if isinstance(group, dict) else None
     args = args if isinstance(args, dict) else {}
     bits, symmetric, size = args.get("num_bits"), args.get("symmetric"), args.get("group_size")

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quantforge.errors import ModelError
+from quantforge.models import moe
 from quantforge.models.walk import Stage
 
 
@@ -16,12 +17,25 @@ from quantforge.models.walk import Stage
 class Arch:
     """One row of the table.
 
-    blocks  where the list of decoder blocks is, from the model's top
-    stages  the linear layers of one block in the order in which they run; those of one tuple read the same input
+    blocks   where the list of decoder blocks is, from the model's top
+    stages   the linear layers of one block in the order in which they run; those of one tuple read the same input
+    experts  the same of one expert, in blocks that have experts instead of an MLP; the router stays in float
     """
 
     blocks: str
     stages: tuple[tuple[str, ...], ...]
+    experts: tuple[tuple[str, ...], ...] = ()
+
+    def of_block(self, block: nn.Module) -> list[tuple[str, ...]]:
+        """Return the stages of `block`, by names within it."""
+        experts = getattr(getattr(block, "mlp", None), "experts", None)
+        if not isinstance(experts, moe.Experts):
+            return list(self.stages)
+        each = [f"{moe.EXPERTS}.{index}" for index in range(len(experts))]
+        return [
+            *(stage for stage in self.stages if not stage[0].startswith("mlp.")),
+            *(tuple(f"{expert}.{name}" for name in stage) for expert in each for stage in self.experts),
+        ]
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -40,6 +54,8 @@ TABLE = {
     "phi3": Arch(
         "model.layers", (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
     ),
+    "mixtral": Arch("model.layers", _GATED[:2], moe.NAMES["mixtral"]),
+    "qwen3_moe": Arch("model.layers", _GATED, moe.NAMES["qwen3_moe"]),  # some blocks may have an MLP
 }
 
 
@@ -47,14 +63,16 @@ def find_stages(model: nn.Module) -> tuple[list[Stage], str]:
     """Return the stages of every block of `model`, in the order of its forward, and a note ("" when there is none).
 
     An architecture that the table lacks is walked: every linear layer of its decoder blocks is a stage of its own, in
-    the order of definition, and the note says so. ModelError if no decoder blocks are found.
+    the order of definition, and the note says so. Fused experts are taken apart first (`moe.unfuse`), so that each
+    of their layers is one. ModelError if no decoder blocks are found.
     """
+    moe.unfuse(model)
     kind = getattr(model.config, "model_type", "")
     arch = TABLE.get(kind)
     stages: list[Stage] = []
     if arch is not None:
-        for i in range(len(_children(model, arch.blocks))):
-            for names in arch.stages:
+        for i, block in enumerate(_children(model, arch.blocks)):
+            for names in arch.of_block(block):
                 full = tuple(f"{arch.blocks}.{i}.{name}" for name in names)
                 stages.append(Stage(full, tuple(model.get_submodule(name) for name in full)))
         return stages, ""

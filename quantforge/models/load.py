@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from quantforge.errors import ModelError, ResourceError, clean
-from quantforge.models import check, demo
+from quantforge.models import check, demo, moe
 from quantforge.network import reachable
 
 # float64 checkpoints are computed and saved in float32: no format stores wider scales
@@ -48,13 +48,17 @@ class Source:
     trust_remote_code: bool = False
 
     def skeleton(self) -> nn.Module:
-        """Return the model on the meta device: every layer and shape, no weights; checked against the files."""
+        """Return the model on the meta device: every layer and shape, no weights; checked against the files.
+
+        Experts are layers of their own.
+        """
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
             )
         if self.folder is not None:
             check.check_names_and_shapes(self.folder, model)
+        moe.unfuse(model)
         return model
 
 
@@ -135,7 +139,7 @@ def read_tokenizer(folder: Path, **where: Any) -> Any:
 def model(source: Source, device: str = "cpu") -> nn.Module:
     """Return the model in float32 on `device`, in evaluation mode; NaN or infinity in it is a ModelError.
 
-    Weights keep the values of the checkpoint's dtype: float32 is what is computed in.
+    Weights keep the values of the checkpoint's dtype: float32 is what is computed in. Experts are layers of their own.
     """
     with quiet():
         if source.gguf:
@@ -150,6 +154,7 @@ def model(source: Source, device: str = "cpu") -> nn.Module:
                 trust_remote_code=source.trust_remote_code,
             )
     check.check_finite(loaded)
+    moe.unfuse(loaded)
     result: nn.Module = loaded.float().eval().to(check_device(device))
     return result
 

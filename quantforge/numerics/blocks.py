@@ -1,25 +1,52 @@
 """A matrix as the blocks that share a scale, and back.
 
 `block` is (rows, columns) with None for the whole axis: (1, 64) groups along the input, (1, None) rows (a channel of a
-weight, a token of an activation), (None, None) the tensor. A last block may be smaller than the others.
+weight, a token of an activation), (None, None) the tensor. A last block may be smaller than the others. `Flat(64)` cuts
+the matrix as it lies in memory, row after row, across the ends of rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
-Block = tuple[int | None, int | None]
+
+@dataclass(frozen=True)
+class Flat:
+    """Blocks of `size` elements of the matrix read row by row; the last may be short."""
+
+    size: int
+
+
+Block = tuple[int | None, int | None] | Flat
+
+
+def within_rows(shape: tuple[int, int], block: Block) -> tuple[int | None, int | None] | None:
+    """Return `block` as (rows, columns), which flat blocks are only where their size divides a row; else None."""
+    if not isinstance(block, Flat):
+        return block
+    return (1, block.size) if shape[1] % block.size == 0 else None
 
 
 def extents(shape: tuple[int, int], block: Block) -> tuple[int, int]:
-    """Return the block's rows and columns for a matrix of `shape`, with None resolved."""
-    rows, cols = block
+    """Return the block's rows and columns for a matrix of `shape`, with None resolved.
+
+    ValueError for flat blocks that run across the ends of rows.
+    """
+    found = within_rows(shape, block)
+    if found is None:
+        raise ValueError(f"{block} does not divide rows of {shape[1]}, so its blocks are no rectangles")
+    rows, cols = found
     return rows or max(shape[0], 1), cols or max(shape[1], 1)
 
 
 def counts(shape: tuple[int, int], block: Block) -> tuple[int, int]:
-    """Return how many blocks a matrix of `shape` has along rows and along columns."""
+    """Return how many blocks a matrix of `shape` has along rows and along columns; (1, n) where they are flat."""
+    if within_rows(shape, block) is None:
+        assert isinstance(block, Flat)
+        return 1, -(-shape[0] * shape[1] // block.size)
     rows, cols = extents(shape, block)
     return -(-shape[0] // rows), -(-shape[1] // cols)
 
@@ -31,6 +58,10 @@ def tiles(x: Tensor, block: Block, *, fill: float | None = None) -> Tensor:
     minimum and maximum as they are).
     """
     shape = (x.shape[0], x.shape[1])
+    if within_rows(shape, block) is None:
+        assert isinstance(block, Flat)
+        x, block = x.reshape(1, -1), (1, block.size)
+        shape = (1, x.shape[1])
     rows, cols = extents(shape, block)
     down, across = counts(shape, block)
     pad = (0, across * cols - shape[1], 0, down * rows - shape[0])
@@ -41,6 +72,9 @@ def tiles(x: Tensor, block: Block, *, fill: float | None = None) -> Tensor:
 
 def spread(stat: Tensor, shape: tuple[int, int], block: Block) -> Tensor:
     """Repeat a value a block, `stat` [row blocks, column blocks], over the matrix → `shape`."""
+    if within_rows(shape, block) is None:
+        assert isinstance(block, Flat)
+        return stat.flatten().repeat_interleave(block.size)[: shape[0] * shape[1]].view(shape)
     rows, cols = extents(shape, block)
     if rows > 1:
         stat = stat.repeat_interleave(rows, 0)[: shape[0]]

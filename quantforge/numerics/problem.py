@@ -10,22 +10,43 @@ from torch import Tensor
 
 from quantforge.numerics.formats import Format
 from quantforge.numerics.qtensor import QTensor
+from quantforge.numerics.residuals import LowRank, Residual, Sparse
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the inputs of a layer differ from what the float model feeds it (GPTAQ, arXiv:2504.02692).
+
+    cross          [in, in] float32: (2 / N) Σ (x̃ − x) xᵀ over the calibration tokens, x̃ the float model's input
+    held_cross     the same over those of them that are to judge a fit to the others
+    held_hessian   [in, in] float32: (2 / N) Σ x xᵀ over the same
+    held_share     the held tokens' share of all
+    """
+
+    cross: Tensor
+    held_cross: Tensor
+    held_hessian: Tensor
+    held_share: float
 
 
 @dataclass(frozen=True)
 class Problem:
     """One matrix to compress; layers that read the same input may be stacked along the rows.
 
-    name     what errors and reports call it
-    weight   [out, in] float32; solvers leave it as it is
-    format   how it is to be stored
-    hessian  [in, in] float32, symmetric: (2 / N) Σ x xᵀ over the N calibration tokens; None if none were collected
+    name       what errors and reports call it
+    weight     [out, in] float32; solvers leave it as it is
+    format     how it is to be stored
+    hessian    [in, in] float32, symmetric: (2 / N) Σ x xᵀ over the N calibration tokens; None if none were collected
+    magnitude  [in] float32: mean |x| over the calibration tokens; None if it was not collected
+    drift      None if it was not collected
     """
 
     name: str
     weight: Tensor
     format: Format
     hessian: Tensor | None = None
+    magnitude: Tensor | None = None
+    drift: Drift | None = None
 
     def row_losses(self, approx: Tensor) -> Tensor:
         """Return the diagonal of (W − Ŵ) H (W − Ŵ)ᵀ → [out]; without a Hessian, H is the identity."""
@@ -42,13 +63,42 @@ class Problem:
 class QWeight:
     """What a solver returns: the stored matrix, and what happened on the way.
 
-    base   the codes
-    notes  facts for the report, such as the damping that was used; plain JSON values
+    base       the codes
+    notes      facts for the report, such as the damping that was used; plain JSON values
+    residuals  what is kept beside the codes, put on in this order
     """
 
     base: QTensor
     notes: dict[str, Any]
+    residuals: tuple[Residual, ...] = ()
 
-    def dequantize(self) -> Tensor:
-        """Return the float32 matrix that the layer computes with, [out, in]."""
-        return self.base.dequantize(torch.float32)
+    @property
+    def nbits(self) -> int:
+        """Count every bit that must be stored."""
+        return self.base.nbits + sum(r.nbits for r in self.residuals)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix that the layer computes with, [out, in]."""
+        dense = self.base.dequantize(dtype)
+        for residual in self.residuals:
+            dense = residual.onto(dense)
+        return dense
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x [tokens, in] times the matrix, part by part, as a kernel would compute it → [tokens, out]."""
+        base = self.base.dequantize(x.dtype)
+        out = x @ base.T
+        for residual in self.residuals:
+            if isinstance(residual, LowRank):
+                a, b = residual.factors()
+                out += x @ b.T.to(x.dtype) @ a.T.to(x.dtype)
+            elif isinstance(residual, Sparse):
+                out += residual.product(x, base)
+            else:
+                out += x @ (residual.onto(base) - base).T
+            base = residual.onto(base)
+        return out
+
+    def rows(self, start: int, stop: int) -> QWeight:
+        """Return what belongs to rows `start` to `stop`."""
+        return QWeight(self.base.rows(start, stop), self.notes, tuple(r.rows(start, stop) for r in self.residuals))

@@ -1,19 +1,24 @@
 """Ranges: scale and zero point of each block, from the values in it.
 
 Every rule returns scales already rounded to the dtype in which the format stores them, so that codes chosen against
-them are codes for what is on disk. An asymmetric range always contains zero, as an integer zero point demands.
+them are codes for what is on disk. An integer zero point demands that the range contain zero; a real one does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantforge.numerics.blocks import tiles
 from quantforge.numerics.formats import Format
+from quantforge.numerics.grids import IntGrid
+
+if TYPE_CHECKING:
+    from quantforge.numerics.qtensor import QTensor
 
 _CHUNK = 1 << 17  # elements searched at once
 
@@ -22,39 +27,64 @@ _CHUNK = 1 << 17  # elements searched at once
 class Range:
     """Scale and zero point of each block.
 
-    scale  [row blocks, column blocks] float32, every value exact in the format's stored dtype, > 0 and finite
-    zero   the same shape, float32 integers within the grid; all zeros when the format is symmetric
+    scale   [row blocks, column blocks] float32, every value exact in the format's stored dtype, > 0 and finite
+    zero    the same shape, float32: integers within the grid, or real numbers exact in the stored dtype; all zeros when
+            the format is symmetric
+    nested  the codes of scale and zero where the format quantizes them; those scales may be of either sign, but not 0
+    before  the scales before they were quantized, where plain rounding chooses codes against those; None otherwise
     """
 
     scale: Tensor
     zero: Tensor
+    nested: tuple[QTensor | None, QTensor | None] = (None, None)
+    before: Tensor | None = None
 
 
-def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(scale: Tensor, dtype: torch.dtype | Format) -> Tensor:
     """Round `scale` to `dtype` and back to float32; what would round to zero becomes the smallest normal number."""
+    assert isinstance(dtype, torch.dtype), "scales that are quantized themselves are found by qtensor.fit"
     return scale.float().clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype).float()
 
 
 def from_limits(low: Tensor, high: Tensor, fmt: Format) -> Range:
     """Return the range that spans [low, high] of each block.
 
-    Symmetric: scale = max(|low|, |high|) / ((2^bits − 1) / 2), so that the largest value errs by at most scale / 2.
-    Asymmetric: zero is included, scale = (high − low) / (2^bits − 1), zero_point = round(grid low − low / scale).
-    A block of zeros gets scale 1.
+    Symmetric: scale = max(|low|, |high|) / ((2^bits − 1) / 2), so that the largest value errs by at most scale / 2; for
+    tables, / max |value|.
+    Asymmetric: scale = (high − low) / (2^bits − 1), zero_point = grid low − low / scale; an integer zero point is
+    rounded, and zero is then included in the range. A block of zeros, and for real zero points one of a single value,
+    gets scale 1.
     """
     steps = fmt.grid.high - fmt.grid.low
     if fmt.symmetric:
-        width = 2 * torch.maximum(low.abs(), high.abs())
-        return Range(stored(torch.where(width > 0, width / steps, 1.0), fmt.scale), torch.zeros_like(width))
+        half = steps / 2 if isinstance(fmt.grid, IntGrid) else max(-fmt.grid.low, fmt.grid.high)
+        largest = torch.maximum(low.abs(), high.abs())
+        return Range(stored(torch.where(largest > 0, largest / half, 1.0), fmt.scale), torch.zeros_like(largest))
+    if fmt.zero is not None:
+        scale = stored(torch.where(high > low, (high - low) / steps, 1.0), fmt.scale)
+        return Range(scale, real_zero(fmt.grid.low - low / scale, fmt))
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = stored(torch.where(high > low, (high - low) / steps, 1.0), fmt.scale)
     zero = (fmt.grid.low - low / scale).round().clamp(fmt.grid.low, fmt.grid.high)
     return Range(scale, zero)
 
 
+def plain_format(fmt: Format) -> Format:
+    """Return `fmt` with scales, and real zero points, in float32 where they would be quantized themselves."""
+    scale = torch.float32 if isinstance(fmt.scale, Format) else fmt.scale
+    zero = torch.float32 if isinstance(fmt.zero, Format) else fmt.zero
+    return replace(fmt, scale=scale, zero=zero)
+
+
+def real_zero(zero: Tensor, fmt: Format) -> Tensor:
+    """Round real zero points to the dtype in which `fmt` stores them, and back to float32."""
+    assert isinstance(fmt.zero, torch.dtype)
+    return zero.float().clamp(torch.finfo(fmt.zero).min, torch.finfo(fmt.zero).max).to(fmt.zero).float()
+
+
 def round_to(x: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> Tensor:
-    """Round `x` to the nearest storable value (an integer grid); scale and zero broadcast against it."""
-    return (x / scale + zero).round_().clamp_(fmt.grid.low, fmt.grid.high).sub_(zero).mul_(scale)
+    """Round `x` to the nearest storable value; scale and zero broadcast against it."""
+    return fmt.grid.round(x / scale + zero).sub_(zero).mul_(scale)
 
 
 def minmax(w: Tensor, fmt: Format, importance: Tensor | None = None) -> Range:
@@ -119,13 +149,21 @@ def _search(
     best = start
     least = torch.full_like(start.scale, torch.inf, dtype=blocks.dtype)
     low, high = fmt.grid.low, fmt.grid.high
+    middle = (low + high) / 2
+    integer = isinstance(fmt.grid, IntGrid) and fmt.zero is None
     for shrink in shrinks:
         scale = stored(start.scale * shrink, fmt.scale)
         exact = blocks / scale[..., None]
-        nearest = exact.round()
-        for shift in (0,) if fmt.symmetric else (0, -1, 1):
-            zero = (start.zero + shift).clamp(low, high)
-            clipped = nearest.clamp((low - zero)[..., None], (high - zero)[..., None])
+        nearest = exact.round() if integer else exact
+        for shift in (0,) if fmt.symmetric or fmt.zero is not None else (0, -1, 1):
+            if integer:  # z is an integer: rounding is the same for all of them, only the clipping differs
+                zero = (start.zero + shift).clamp(low, high)
+                clipped = nearest.clamp((low - zero)[..., None], (high - zero)[..., None])
+            else:  # both ends move towards the middle of the range
+                zero = start.zero
+                if fmt.zero is not None:
+                    zero = real_zero(middle - (middle - zero) * (start.scale / scale), fmt)
+                clipped = fmt.grid.round(exact + zero[..., None]).sub_(zero[..., None])
             error = clipped.sub_(exact).abs_().pow_(power) if power != 2 else clipped.sub_(exact).square_()
             loss = (error if weights is None else error.mul_(weights)).sum(-1) * (scale / start.scale) ** power
             better = loss < least

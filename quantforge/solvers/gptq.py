@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantforge.numerics import ranges
-from quantforge.numerics.blocks import extents, spread
+from quantforge.numerics.blocks import Flat, extents, spread, within_rows
 from quantforge.numerics.formats import Format
+from quantforge.numerics.grids import IntGrid
 from quantforge.numerics.problem import Problem, QWeight
-from quantforge.numerics.qtensor import QTensor, from_values, quantize
+from quantforge.numerics.qtensor import QTensor, fit, from_values, quantize
 from quantforge.numerics.ranges import Range
 from quantforge.registry import register
 from quantforge.solvers.sweep import inverse_factor, sweep
@@ -41,7 +43,8 @@ class GPTQ:
     block_size: int = 128
     range: str = "hessian"
 
-    needs = ("hessian",)
+    needs: ClassVar[tuple[str, ...]] = ("hessian",)
+    keeps_floats = False
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)
@@ -51,6 +54,10 @@ class GPTQ:
             raise ValueError(f"damping is relative or mean, not {self.damping!r}")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {self.block_size}; 128 is usual")
+
+    def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
+        """Return why the columns of a layer cannot be taken one by one in `fmt`; None if they can."""
+        return refuse_blocks(shape, fmt)
 
     def solve(self, problem: Problem) -> QWeight:
         """Choose codes for `problem.weight` [out, in] by `problem.hessian` [in, in], which must be there."""
@@ -62,12 +69,20 @@ class GPTQ:
         factor = inverse_factor(hessian, self.damp_percent, order, relative=self.damping == "relative")
         cost = torch.empty_like(diagonal)
         cost[slice(None) if order is None else order] = factor.u.diagonal() ** -2
-        chosen = ranges.rule(self.range)(weight, fmt, cost)
+        chosen = fit(weight, fmt, self.range, cost)
         solved = _round_in_order(weight, chosen, fmt, factor.u, order, self.block_size)
         usable = problem if bool(hessian.isfinite().all()) else Problem(problem.name, weight, fmt)
-        best, kept = _keep_better_rows(usable, solved, [chosen, ranges.minmax(weight, fmt)])
+        best, kept = _keep_better_rows(usable, solved, [chosen, fit(weight, fmt)])
         notes = {"damp": factor.damp, "rung": factor.rung, "dead_columns": int(factor.dead.sum()), "rows_rounded": kept}
         return QWeight(best, notes)
+
+
+def refuse_blocks(shape: tuple[int, int], fmt: Format) -> str | None:
+    """Return why a sweep over columns cannot be run in `fmt`: flat blocks that run across the ends of rows."""
+    if within_rows(shape, fmt.block) is None:
+        assert isinstance(fmt.block, Flat)
+        return f"blocks of {fmt.block.size} do not divide its {shape[1]} inputs, so no column can be solved alone."
+    return None
 
 
 def _round_in_order(weight: Tensor, r: Range, fmt: Format, u: Tensor, order: Tensor | None, block_size: int) -> QTensor:
@@ -76,16 +91,18 @@ def _round_in_order(weight: Tensor, r: Range, fmt: Format, u: Tensor, order: Ten
     columns = extents(shape, fmt.block)[1]
     order = torch.arange(shape[1], device=weight.device) if order is None else order
     block_of = (order // columns).tolist()
-    rows = (fmt.block[0], 1)
+    rows = (extents(shape, fmt.block)[0], 1)
     scale = [spread(s[:, None], (shape[0], 1), rows)[:, 0].contiguous() for s in r.scale.to(u.dtype).unbind(1)]
     zero = [spread(z[:, None], (shape[0], 1), rows)[:, 0].contiguous() for z in r.zero.to(u.dtype).unbind(1)]
     wt = weight.T[order].to(u.dtype)
     values = torch.empty_like(wt)
     low, high = fmt.grid.low, fmt.grid.high
+    integer = isinstance(fmt.grid, IntGrid)
 
     def rounded(j: int, column: Tensor) -> Tensor:
         s, z = scale[block_of[j]], zero[block_of[j]]
-        value = torch.div(column, s, out=values[j]).add_(z).round_().clamp_(low, high)
+        exact = torch.div(column, s, out=values[j]).add_(z)
+        value = exact.round_().clamp_(low, high) if integer else exact.copy_(fmt.grid.round(exact))
         stored: Tensor = (value - z).mul_(s)
         return stored
 
@@ -101,7 +118,7 @@ def _keep_better_rows(problem: Problem, solved: QTensor, candidates: list[Range]
     Returns the result and how many rows were replaced. Where rows share a scale, they are replaced together.
     """
     fmt = problem.format
-    alone = fmt.block[0] == 1
+    alone = fmt.row_unit == 1
     least = problem.row_losses(solved.dequantize(torch.float32))
     least = least if alone else least.sum(0, keepdim=True)
     best, replaced = solved, torch.zeros_like(least, dtype=torch.bool)
@@ -113,13 +130,17 @@ def _keep_better_rows(problem: Problem, solved: QTensor, candidates: list[Range]
         least = torch.where(better, losses, least)
         replaced |= better
         if better.any():
-            best = _choose(better[:, None], rounded, best)
+            best = choose_rows(better[:, None], rounded, best)
     return best, int(replaced.sum())
 
 
-def _choose(rows: Tensor, a: QTensor, b: QTensor) -> QTensor:
+def choose_rows(rows: Tensor, a: QTensor, b: QTensor) -> QTensor:
     """Take the rows of `a` where `rows` [out or 1, 1] is true, else those of `b`."""
+    if rows.numel() == 1:
+        return a if bool(rows) else b
     zero = None
-    if a.zero is not None and b.zero is not None:
+    if isinstance(a.zero, Tensor) and isinstance(b.zero, Tensor):
         zero = torch.where(rows, a.zero, b.zero)
+    assert isinstance(a.scale, Tensor)
+    assert isinstance(b.scale, Tensor)
     return QTensor(a.format, torch.where(rows, a.codes, b.codes), torch.where(rows, a.scale, b.scale), zero)

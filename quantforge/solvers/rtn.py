@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantforge.numerics import ranges
+from quantforge.numerics.formats import Format
 from quantforge.numerics.problem import Problem, QWeight
-from quantforge.numerics.qtensor import quantize
+from quantforge.numerics.qtensor import fit, quantize
 from quantforge.registry import register
 
 
@@ -28,8 +29,14 @@ class RTN:
     def __post_init__(self) -> None:
         ranges.rule(self.range)
 
+    keeps_floats = False
+
+    def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
+        """Return None: any format will do."""
+        return None
+
     def solve(self, problem: Problem) -> QWeight:
         """Round `problem.weight` [out, in] in `problem.format`."""
         importance = None if problem.hessian is None else problem.hessian.diagonal()
-        r = ranges.rule(self.range)(problem.weight, problem.format, importance)
+        r = fit(problem.weight, problem.format, self.range, importance)
         return QWeight(quantize(problem.weight, r, problem.format), {})

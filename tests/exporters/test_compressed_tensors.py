@@ -22,6 +22,7 @@ from quantforge.numerics import ranges
 from quantforge.numerics.blocks import counts
 from quantforge.numerics.formats import Format
 from quantforge.numerics.grids import int_grid
+from quantforge.numerics.problem import QWeight
 from quantforge.numerics.qtensor import QTensor, quantize
 from quantforge.result import Result
 
@@ -57,7 +58,8 @@ def quantized(
     """Return a tiny model whose checkpoint is in `dtype`, quantized in float32 as when it is loaded from a folder."""
     model = tiny.make(kind, dtype=dtype)
     chosen = recipe.replace(recipe.load(method, **{"group_size": 32, **changes}), skip=skip)
-    plan = planning.make(model, chosen, dtype, CompressedTensors())
+    plan = planning.make(model, chosen, dtype)
+    planning.check_export(plan, CompressedTensors())
     rows = pipeline.quantize(model.float(), plan, tokens() if chosen.solver.needs else None)
     return Result(model, plan, tuple(rows), None, kind, {}, 0.0, None)
 
@@ -166,13 +168,14 @@ def config_of(fmt: Format) -> dict[str, object]:
 )
 def test_what_is_written_is_read_back_to_the_bit(bits, group, symmetric, dtype, rows, blocks, seed):
     q = stored(bits, group, symmetric, dtype, rows, blocks, seed)
-    tensors = CompressedTensors().tensors("a.b", q)
+    tensors = CompressedTensors().tensors("a.b", QWeight(q, {}))
     assert set(tensors) == {
         f"a.b.weight_{p}" for p in ("packed", "scale", "shape", *(() if symmetric else ("zero_point",)))
     }
     assert tensors["a.b.weight_packed"].shape == (rows, -(-q.shape[1] // (32 // bits)))
-    (name, back), *others = CompressedTensors().read(config_of(q.format), tensors).items()
-    assert (name, others) == ("a.b", [])
+    (name, weight), *others = CompressedTensors().read(config_of(q.format), tensors).items()
+    assert (name, others, tensors) == ("a.b", [], {})
+    back = weight.base
     assert back.format == q.format
     assert torch.equal(back.codes, q.codes)
     assert torch.equal(back.scale, q.scale)
@@ -190,19 +193,20 @@ def test_what_is_written_is_read_back_to_the_bit(bits, group, symmetric, dtype, 
         ({"format": None}, 370),
         ({"config_groups": {}}, 371),
         ({"config_groups": {"a": {}, "b": {}}}, 371),
+        ({"config_groups": {"a": {"targets": "Linear", "weights": {}}}}, 371),
     ],
 )
 def test_another_format_is_refused_by_name(changes, number):
     q = stored(4, 16, False, torch.bfloat16, 4, 2, 0)
     with pytest.raises(ModelError) as caught:
-        CompressedTensors().read(config_of(q.format) | changes, CompressedTensors().tensors("a", q))
+        CompressedTensors().read(config_of(q.format) | changes, CompressedTensors().tensors("a", QWeight(q, {})))
     assert caught.value.number == number
 
 
 @pytest.mark.parametrize("part", ["scale", "shape", "zero_point"])
 def test_a_missing_tensor_is_named(part):
     q = stored(4, 16, False, torch.bfloat16, 4, 2, 0)
-    tensors = CompressedTensors().tensors("a.b", q)
+    tensors = CompressedTensors().tensors("a.b", QWeight(q, {}))
     del tensors[f"a.b.weight_{part}"]
     with pytest.raises(ModelError, match=rf"a\.b lacks weight_{part}"):
         CompressedTensors().read(config_of(q.format), tensors)
@@ -231,7 +235,7 @@ def test_a_missing_tensor_is_named(part):
 )
 def test_tensors_that_do_not_fit_together_are_refused_by_layer(part, wrong):
     q = stored(4, 16, False, torch.bfloat16, 4, 2, 0)
-    tensors = CompressedTensors().tensors("a.b", q) | {f"a.b.weight_{part}": wrong}
+    tensors = CompressedTensors().tensors("a.b", QWeight(q, {})) | {f"a.b.weight_{part}": wrong}
     with pytest.raises(ModelError, match=r"a\.b"):
         CompressedTensors().read(config_of(q.format), tensors)
 
@@ -258,4 +262,4 @@ def test_a_scheme_that_is_incomplete_or_that_nothing_here_writes_is_refused(weig
     scheme = config["config_groups"]["group_0"]
     scheme["weights"] = scheme["weights"] | weights if weights else {}
     with pytest.raises(ModelError):
-        CompressedTensors().read(config, CompressedTensors().tensors("a.b", q))
+        CompressedTensors().read(config, CompressedTensors().tensors("a.b", QWeight(q, {})))

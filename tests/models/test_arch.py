@@ -17,7 +17,7 @@ from quantforge.numerics.formats import parse
 from quantforge.numerics.problem import Problem
 from quantforge.solvers.gptq import GPTQ
 
-KINDS = tiny.names()
+KINDS = [*tiny.names(), *tiny.mixtures()]
 SMALL = {
     "vocab_size": 128,
     "hidden_size": 64,

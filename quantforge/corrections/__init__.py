@@ -1,0 +1,1 @@
+"""Corrections: what is added to a result to make up for its error."""

@@ -1,0 +1,88 @@
+"""Activation-aware scaling: input channels that carry much are enlarged before rounding, and what feeds them shrunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantforge.numerics import ranges
+from quantforge.numerics.blocks import spread, tiles
+from quantforge.numerics.problem import Problem
+from quantforge.numerics.qtensor import fit, quantize
+from quantforge.registry import register
+
+
+@register("transform", "awq")
+@dataclass(frozen=True)
+class AWQ:
+    """Activation-aware weight quantization (Lin et al., MLSys 2024, arXiv:2306.00978), section 3.2.
+
+    Scales s = a^r with a the mean |x| of each input channel, and s = a^r / w̄^(1−r) with w̄ the mean size of its weights
+    relative to their group's largest; r is searched. What is minimised is the layers' own output error, tr(E H Eᵀ) for
+    E the error of the weights scaled, rounded and scaled back: the loss of the report, not the error of the module
+    around them. No scaling is among the candidates, so that rounding with these scales never loses to rounding
+    without. The clipping of section 3.2 is the solver's range rule.
+
+    steps  how many values of r between 0 and 1 are tried
+    duo    try the scales that also look at the weights
+    range  the range rule that the search rounds with
+    """
+
+    steps: int = 20
+    duo: bool = True
+    range: str = "minmax"
+
+    needs = ("hessian", "magnitude")
+
+    def __post_init__(self) -> None:
+        ranges.rule(self.range)
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}; 20 is usual")
+
+    def scales(self, problem: Problem, tie: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the scales [in] with the least loss, with geometric mean of largest and smallest 1."""
+        assert problem.hessian is not None
+        assert problem.magnitude is not None
+        one = torch.ones_like(problem.magnitude)
+        magnitude = tie(problem.magnitude)
+        if not bool((magnitude > 0).any()):
+            return one
+        magnitude = magnitude / magnitude.mean()  # what is measured in other units is scaled alike
+        best, least = one, self._loss(problem, one)
+        for candidate in self._candidates(magnitude, tie(_relative_size(problem))):
+            loss = self._loss(problem, candidate)
+            if loss < least:
+                best, least = candidate, loss
+        return best
+
+    def _candidates(self, magnitude: Tensor, size: Tensor) -> list[Tensor]:
+        found = []
+        for step in range(self.steps + 1):
+            r = step / self.steps
+            if step:
+                found.append(_normal(magnitude.clamp(min=1e-4).pow(r)))
+            if self.duo:
+                found.append(_normal(magnitude.clamp(min=1e-4).pow(r) / (size.pow(1 - r) + 1e-4)))
+        return found
+
+    def _loss(self, problem: Problem, scales: Tensor) -> float:
+        scaled = problem.weight * scales
+        assert problem.hessian is not None
+        importance = problem.hessian.diagonal() / scales.square()  # the inputs shrink as the weights grow
+        rounded = quantize(scaled, fit(scaled, problem.format, self.range, importance), problem.format)
+        return problem.loss(rounded.dequantize(torch.float32) / scales)
+
+
+def _normal(scales: Tensor) -> Tensor:
+    """Scale so that the largest times the smallest is 1."""
+    return scales / (scales.max() * scales.min()).sqrt()
+
+
+def _relative_size(problem: Problem) -> Tensor:
+    """Return the mean over rows of |w| relative to the largest of its group, for each input channel [in]."""
+    weight, block = problem.weight.abs(), problem.format.block
+    top = spread(tiles(weight, block).amax(-1), (weight.shape[0], weight.shape[1]), block)
+    return (weight / top.clamp(min=torch.finfo(top.dtype).tiny)).mean(0)
