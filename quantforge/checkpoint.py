@@ -19,6 +19,8 @@ from quantforge.models import check, load, moe
 from quantforge.protocols import Exporter
 from quantforge.store import MARK
 
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in load.DTYPES.values()}
+
 
 def is_quantized(folder: Path) -> bool:
     """Tell whether `folder` is a quantized checkpoint, by its config.json; what that is worth, `read` will tell."""
@@ -98,7 +100,9 @@ def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
             ):
                 raise ModelError(356, f"{folder / peft.FOLDER} corrects {name}, which is no such layer of the model.")
             layers[name] = replace(layers[name], residuals=(*layers[name].residuals, factors))
-    dtype = dtype or load.DTYPES[found.dtype]
+    # scales in float32 may outweigh the floats of the model, so the config knows better than the tensors
+    own = _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), load.DTYPES[found.dtype])
+    dtype = dtype or own
     for name, weight in layers.items():
         tensors[f"{name}.weight"] = weight.dequantize(dtype)
     settings = load.make_config(folder, config)

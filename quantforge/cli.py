@@ -95,7 +95,7 @@ def _format(command: Command) -> Command:
             "overrides",
             multiple=True,
             metavar="PATTERN:KEY=VALUE,…",
-            help="Other settings for layers by name, e.g. '*.down_proj:bits=8' or 'layers.0.*:skip'.",
+            help="Other settings for layers by name, e.g. '*.down_proj:bits=8' or '*.layers.0.*:skip'.",
         ),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="e.g. solver.damp_percent=0.05"),
         click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points."),
@@ -136,23 +136,27 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _overrides(texts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for text in texts:
         pattern, colon, wishes = text.partition(":")
         if not colon or not pattern or not wishes:
             raise RecipeError(
                 217, f"--override {text!r} is not of the form PATTERN:KEY=VALUE, such as *.down_proj:bits=8."
             )
-        found[pattern] = {key: _value(value) for key, _, value in (w.partition("=") for w in wishes.split(","))}
+        pairs = (wish.partition("=") for wish in wishes.split(","))
+        # what is said of one pattern in two places counts together, and from the later place on
+        found[pattern] = {**found.pop(pattern, {}), **{key: _value(text, key, value) for key, _, value in pairs}}
     return found
 
 
-def _value(text: str) -> Any:
-    """Turn the text of an override into what it says: nothing is True, digits are a number."""
+def _value(where: str, key: str, text: str) -> Any:
+    """Turn the text of an override's value into what it says: digits are a number, and nothing after `skip` is yes."""
     words = {"": True, "true": True, "yes": True, "false": False, "no": False}
-    if text.lower() in words:
+    if key in ("skip", "symmetric"):
+        if text.lower() not in words:
+            raise RecipeError(217, f"--override {where!r}: {key} is yes or no, not {text!r}.")
         return words[text.lower()]
-    return int(text) if text.removeprefix("-").isdigit() else text
+    return int(text) if key != "method" and text.removeprefix("-").isdecimal() else text
 
 
 def _list(text: str) -> list[str]:

@@ -203,8 +203,8 @@ def _choose(recipe: Recipe, names: list[str]) -> dict[str, Recipe]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Tell whether a layer's full name is `pattern`, ends in it after a dot, or fits its wildcards."""
-    return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
+    """Tell whether a layer's full name, or what follows one of its dots, is `pattern`, which may have wildcards."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
 def _refuse_unfit(layers: dict[str, LayerPlan]) -> None:

@@ -32,8 +32,8 @@ class Solver(Protocol):
         """Return the statistics it wants collected, of "hessian", "magnitude", "drift"."""
 
     @property
-    def keeps_floats(self) -> bool:
-        """Tell whether its results may hold single weights in float beside the codes."""
+    def extends_format(self) -> bool:
+        """Tell whether results may hold more than the format says: single weights in float, a table of their own."""
 
     def refuses(self, shape: Shape, fmt: Format) -> str | None:
         """Return why a layer of `shape` (out, in) cannot be solved in `fmt`, and what could; None if it can."""

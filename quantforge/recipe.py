@@ -122,7 +122,7 @@ def load(
         tuple(raw["skip"]),
     )
     others = tuple(
-        (pattern, _override(name, pattern, wish, (bits, group_size, symmetric)))
+        (pattern, _override(chosen, pattern, wish, (bits, group_size, symmetric), settings))
         for pattern, wish in (overrides or {}).items()
     )
     return replace(chosen, overrides=others)
@@ -180,6 +180,9 @@ def _read(name: str) -> dict[str, Any]:
 
 def _join(name: str, raws: list[dict[str, Any]]) -> dict[str, Any]:
     """Fill each slot from the one recipe that has something of its own to put there."""
+    parts = name.split("+")
+    if len(set(parts)) < len(parts):
+        raise RecipeError(214, f"{name!r} names a method twice.")
     joined = dict(raws[0])
     for raw in raws[1:]:
         for slot, plain in (("weights", (DEFAULT_WEIGHTS,)), ("solver", ("rtn",))):
@@ -216,18 +219,31 @@ def _set(slots: dict[str, list[_Slot]], key: str, value: Any) -> None:
         options[option] = value
 
 
-def _override(name: str, pattern: str, wish: Mapping[str, Any], base: tuple[Any, Any, Any]) -> Recipe | None:
-    known = ("bits", "group_size", "symmetric", "method", "skip")
-    for key in wish:
-        if key not in known:
+def _override(
+    base: Recipe, pattern: str, wish: Mapping[str, Any], shared: tuple[Any, Any, Any], settings: dict[str, Any] | None
+) -> Recipe | None:
+    """Return the recipe of the layers that `pattern` matches: the base's, but for what is wished; None to skip them."""
+    kinds = {"bits": object, "group_size": object, "symmetric": object, "method": str, "skip": bool}
+    if not isinstance(wish, Mapping):
+        raise RecipeError(215, f"the override {pattern!r} must say what is other, such as {{'bits': 8}}, not {wish!r}.")
+    for key, value in wish.items():
+        if key not in kinds:
             raise RecipeError(
-                215, f"the override {pattern!r} has no {key!r}: {nearest(key, known)}there are: {', '.join(known)}."
+                215, f"the override {pattern!r} has no {key!r}: {nearest(key, kinds)}there are: {', '.join(kinds)}."
             )
+        if not isinstance(value, kinds[key]):
+            raise RecipeError(215, f"{key} of the override {pattern!r} must be {kinds[key].__name__}, not {value!r}.")
     if wish.get("skip"):
         return None
-    method = wish.get("method")
-    bits, group_size, symmetric = (wish.get(key, value) for key, value in zip(known, base, strict=False))
-    return load(name if method is None else method, bits=bits, group_size=group_size, symmetric=symmetric)
+    method = wish.get("method", base.name)
+    bits, group_size, symmetric = (wish.get(key, value) for key, value in zip(kinds, shared, strict=False))
+    same = method == base.name
+    other = load(method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings if same else None)
+    if not same and other.transforms:
+        raise RecipeError(
+            220, f"the override {pattern!r} asks for {method}, which rescales whole blocks; make it the method instead."
+        )
+    return other
 
 
 def _change(fmt: Format, bits: int | None, group_size: int | None, symmetric: bool | None) -> Format:
@@ -240,6 +256,8 @@ def _change(fmt: Format, bits: int | None, group_size: int | None, symmetric: bo
             fmt = replace(fmt, block=Flat(group_size))
         else:
             fmt = replace(fmt, block=(1, None if group_size == -1 else group_size))
+    if symmetric is not None and type(symmetric) is not bool:
+        raise RecipeError(216, f"symmetric must be True or False, not {symmetric!r}.")
     if symmetric is False and not isinstance(fmt.grid, IntGrid):
         raise RecipeError(216, f"{fmt.grid.name} has no zero points; leave --asymmetric out.")
     if symmetric is None or symmetric == fmt.symmetric:

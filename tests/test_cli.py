@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from quantforge.models import load as loading
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("quantize", "evaluate", "compare", "inspect", "methods")
+COMMANDS = ("quantize", "evaluate", "compare", "inspect", "methods", "formats")
 SMALL = ("--samples", "8", "--seq-len", "64")
 
 
@@ -161,7 +162,7 @@ def test_methods_lists_papers_and_options():
         assert method["paper"]
         assert f"{method['name']}: {method['about']}" in printed
         for option, (kind, default) in method["options"].items():
-            assert f"--set solver.{option}={default}  ({kind})" in printed
+            assert f"  --set {option}={default}  ({kind})\n" in printed
 
 
 def test_quantize_as_json_holds_the_record_of_the_checkpoint(text, tmp_path):
@@ -182,6 +183,55 @@ def test_settings_reach_the_solver(text, tmp_path):
     assert "act_order=False" in record["solver"]
     assert {row["damp"] for row in record["layers"]} == {0.05}
     assert record["format"].startswith("int4-g32-asym")
+
+
+def _formats(*more: object) -> dict[str, str]:
+    """Return the format that a dry run plans for each layer."""
+    result = run("quantize", TINY, "--dry-run", "--json", *more)
+    assert result.exit_code == 0, result.stderr
+    return {row["name"]: row["format"] for row in json.loads(result.stdout)["layers"]}
+
+
+def test_overrides_are_told_by_pattern():
+    plain = _formats()
+    found = _formats("--override", "*.down_proj:bits=8,symmetric")
+    assert found == {name: text for name, text in plain.items() if not name.endswith("down_proj")} | {
+        name: text.replace("int4", "int8").replace("asym", "sym")
+        for name, text in plain.items()
+        if name.endswith("down_proj")
+    }
+    assert _formats("--override", "*.layers.0.mlp.*:skip") == {n: t for n, t in plain.items() if ".0.mlp." not in n}
+    assert _formats("--override", "q_proj:skip=no") == plain
+    by_row = _formats("--override", "q_proj:group_size=-1,method=rtn")
+    assert {text for name, text in by_row.items() if name.endswith("q_proj")} == {"int4-channel-asym-bf16"}
+
+
+def test_the_overrides_in_the_help_work():
+    (option,) = (p for p in cli.main.commands["quantize"].params if p.name == "overrides")
+    examples = re.findall(r"'([^']+)'", option.help)
+    assert len(examples) == 2
+    for example in examples:
+        assert _formats("--override", example) != _formats()
+
+
+def test_two_overrides_of_one_pattern_count_together_from_the_later_place_on():
+    found = _formats("--override", "q_proj:bits=8", "--override", "*.0.*:bits=3", "--override", "q_proj:group_size=16")
+    assert {text for name, text in found.items() if name.endswith("q_proj")} == {"int8-g16-asym-bf16"}
+    assert {text for name, text in found.items() if name.endswith("k_proj")} == {
+        "int3-g64-asym-bf16",
+        "int4-g64-asym-bf16",
+    }
+
+
+def test_a_checkpoint_with_overrides_and_joined_methods_is_written_and_read_back(text, tmp_path):
+    more = ("--calib", text, *SMALL, "--out", tmp_path / "out", "--json")
+    result = run("quantize", TINY, "-m", "awq+gptq", "--override", "down_proj:bits=8", *more)
+    assert result.exit_code == 0, result.stderr
+    formats = {row["name"]: row["format"] for row in json.loads(result.stdout)["layers"]}
+    assert formats == _formats("-m", "awq+gptq", "--override", "down_proj:bits=8")
+    scored = run("evaluate", tmp_path / "out", "--data", text, "--seq-len", 64, "--windows", 4, "--json")
+    assert scored.exit_code == 0, scored.stderr
+    assert json.loads(scored.stdout)["perplexity"] > 1
 
 
 def test_overwrite_replaces_a_checkpoint_and_nothing_else(text, tmp_path):
@@ -250,6 +300,31 @@ def test_a_dry_run_foretells_the_bits_and_layers_of_the_run(quantized):
         (["compare", TINY, "--methods", "fp,gtpq"], 2, ["did you mean 'gptq'?"]),
         (["compare", TINY, "--methods", ""], 2, ["at least one method"]),
         (["compare", TINY, "--set", "solver.dampness=1"], 2, ["'solver.dampness'"]),
+        (["quantize", TINY, "--override", "q_proj"], 2, ["'q_proj'", "PATTERN:KEY=VALUE"]),
+        (["quantize", TINY, "--override", "q_proj:"], 2, ["'q_proj:'", "PATTERN:KEY=VALUE"]),
+        (["quantize", TINY, "--override", ":bits=8"], 2, ["':bits=8'", "PATTERN:KEY=VALUE"]),
+        (["quantize", TINY, "--override", "q_proj:bit=8"], 2, ["'q_proj'", "did you mean 'bits'?"]),
+        (["quantize", TINY, "--override", "q_proj:bits"], 2, ["2 to 8"]),
+        (["quantize", TINY, "--override", "q_proj:bits=9"], 2, ["2 to 8", "9"]),
+        (["quantize", TINY, "--override", "q_proj:bits=²"], 2, ["2 to 8", "'²'"]),
+        (["quantize", TINY, "--override", "q_proj:bits=8,,"], 2, ["has no ''"]),
+        (["quantize", TINY, "--override", "q_proj:skip=perhaps"], 2, ["skip is yes or no", "'perhaps'"]),
+        (["quantize", TINY, "--override", "q_proj:symmetric=8"], 2, ["symmetric is yes or no", "'8'"]),
+        (["quantize", TINY, "--override", "q_proj:method=3"], 2, ["no method is called '3'"]),
+        (["quantize", TINY, "--override", "q_proj:method=gtpq"], 2, ["did you mean 'gptq'?"]),
+        (["quantize", TINY, "--override", "dwon_proj:bits=8"], 2, ["matches no layer", "did you mean 'down_proj'?"]),
+        (["compare", TINY, "--override", "dwon_proj:bits=8"], 2, ["matches no layer", "did you mean 'down_proj'?"]),
+        (["compare", TINY, "--override", "q_proj:bit=8"], 2, ["did you mean 'bits'?"]),
+        (["quantize", TINY, "--method", "gptq+spqr"], 2, ["'gptq+spqr'", "how codes are chosen"]),
+        (["quantize", TINY, "--method", "awq+gtpq"], 2, ["'gtpq'", "did you mean 'gptq'?"]),
+        (["compare", TINY, "--methods", "rtn,awq+gtpq"], 2, ["'gtpq'", "did you mean 'gptq'?"]),
+        (["compare", TINY, "--methods", "gptq+spqr"], 2, ["'gptq+spqr'", "how codes are chosen"]),
+        (
+            ["quantize", TINY, "-m", "rtn+lorc", "--set", "correction.rank=100000"],
+            2,
+            ["rank 100000", "at most", "proj"],
+        ),
+        (["compare", TINY, "--methods", "rtn+lorc", "--set", "correction.rank=100000"], 2, ["rank 100000", "at most"]),
         (["quantize", TINY, "--group-size", "96"], 2, ["model.layers.0.self_attn.q_proj", "64"]),
         (["quantize", "no-such-folder"], 3, ["'no-such-folder'", "local folder"]),
         (["quantize", TINY, "--calib", "python-dosc"], 4, ["did you mean 'python-docs'?"]),

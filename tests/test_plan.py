@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantforge
 from quantforge import plan as planning
-from quantforge import exporters, recipe
+from quantforge import recipe
 from quantforge.errors import PlanError
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.models import arch, tiny
@@ -27,6 +27,13 @@ LLAMA = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
+
+
+def make(model: nn.Module, chosen: recipe.Recipe) -> planning.Plan:
+    """Plan for a checkpoint of compressed-tensors."""
+    plan = planning.make(model, chosen, torch.bfloat16)
+    planning.check_export(plan, CompressedTensors())
+    return plan
 
 
 def skeleton(**changes: int) -> nn.Module:
@@ -45,8 +52,7 @@ def skeleton(**changes: int) -> nn.Module:
 )
 def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(widths, group, parts):
     with pytest.raises(PlanError) as caught:
-        plan = planning.make(skeleton(**widths), recipe.load("gptq", group_size=group), torch.bfloat16)
-        planning.check_export(plan, exporters.choose(plan))
+        make(skeleton(**widths), recipe.load("gptq", group_size=group))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -117,8 +123,7 @@ def test_scales_shared_between_rows_are_refused_for_a_checkpoint():
     chosen = recipe.load("rtn")
     chosen = replace(chosen, weights=replace(chosen.weights, block=(None, None)))
     with pytest.raises(PlanError, match=r"cannot hold int4-tensor-asym-bf16 of model.layers.0.self_attn.q_proj"):
-        plan = planning.make(tiny.make("llama"), chosen, torch.bfloat16)
-        planning.check_export(plan, CompressedTensors())
+        make(tiny.make("llama"), chosen)
 
 
 @pytest.mark.parametrize("kind", tiny.names())
@@ -188,3 +193,103 @@ def test_notes_are_added_in_front():
     plan = planning.with_notes(planning.with_notes(plan, ["b"]), ["a"])
     assert plan.notes == ("a", "b")
     assert plan.table().endswith("note: a\nnote: b")
+
+
+def overridden(**wishes: dict[str, object]) -> planning.Plan:
+    """Plan GPTQ in 4 bits and groups of 32 for a tiny Llama, with overrides of layers by their last part."""
+    chosen = recipe.load("gptq", group_size=32, overrides=wishes)
+    return planning.make(tiny.make("llama"), chosen, torch.bfloat16)
+
+
+def test_an_override_changes_the_layers_that_it_names_and_no_other():
+    plain, changed = overridden(), overridden(down_proj={"bits": 8, "group_size": 16, "symmetric": True})
+    assert list(changed.layers) == list(plain.layers)
+    for name, layer in changed.layers.items():
+        if name.endswith(".down_proj"):
+            assert str(layer.format) == "int8-g16-sym-bf16"
+            assert layer.solver == plain.layers[name].solver
+        else:
+            assert layer == plain.layers[name]
+
+
+def test_bits_per_weight_count_overrides():
+    plan = overridden(down_proj={"bits": 8})
+    down, all_of_them = 2 * 96 * 64, 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64)
+    assert plan.bits_per_weight == pytest.approx(4 + 20 / 32 + (4 + 4 / 32) * down / all_of_them)
+
+
+def test_an_override_may_take_another_method_and_its_needs_count():
+    plan = planning.make(
+        tiny.make("llama"),
+        recipe.load("rtn", group_size=32, overrides={"*.0.*": {"method": "gptq"}, "k_proj": {"method": "hqq"}}),
+        torch.bfloat16,
+    )
+    kinds = {name: type(layer.solver).__name__ for name, layer in plan.layers.items()}
+    for name, kind in kinds.items():
+        assert kind == ("HQQ" if name.endswith("k_proj") else "GPTQ" if ".0." in name else "RTN")
+    assert plan.needs == {"hessian"}
+    assert str(plan.layers["model.layers.1.self_attn.k_proj"].format) == "int4-g32-asym-bf16-zero-bf16"
+
+
+def test_skipped_layers_are_kept_and_counted_as_such():
+    plan = overridden(o_proj={"skip": True})
+    assert len(plan.layers) == 12
+    assert plan.kept[0] == overridden().kept[0] + 2 * 64 * 64
+    assert overridden(o_proj={"skip": False}).layers == overridden().layers
+
+
+def test_the_last_override_that_matches_wins():
+    first = {"*.0.*": {"bits": 8}, "q_proj": {"bits": 3}}
+    plan = overridden(**first)
+    bits = {name: layer.format.grid.bits for name, layer in plan.layers.items()}
+    assert bits["model.layers.0.self_attn.q_proj"] == 3
+    assert bits["model.layers.0.self_attn.k_proj"] == 8
+    assert bits["model.layers.1.self_attn.k_proj"] == 4
+    turned = overridden(**dict(reversed(first.items())))
+    assert turned.layers["model.layers.0.self_attn.q_proj"].format.grid.bits == 8
+    back = overridden(**{"*.0.*": {"skip": True}, "q_proj": {"bits": 3}})
+    assert "model.layers.0.self_attn.q_proj" in back.layers
+    assert "model.layers.0.self_attn.k_proj" not in back.layers
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("model.layers.0.self_attn.q_proj", 1),
+        ("self_attn.q_proj", 2),
+        ("q_proj", 2),
+        ("*.self_attn.*", 8),
+        ("*", 14),
+        ("*.[kv]_proj", 4),
+    ],
+)
+def test_a_pattern_is_a_name_its_last_parts_or_has_wildcards(pattern, count):
+    plan = overridden(**{pattern: {"bits": 2}})
+    assert sum(layer.format.grid.bits == 2 for layer in plan.layers.values()) == count
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [("dwon_proj", "did you mean 'down_proj'?"), ("proj", ""), ("*.Q_PROJ", ""), ("model.layers.7.*", "")],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(pattern, near):
+    with pytest.raises(PlanError) as caught:
+        overridden(q_proj={"bits": 8}, **{pattern: {"bits": 8}})
+    assert f"override {pattern!r} matches no layer" in str(caught.value)
+    assert near in str(caught.value)
+    assert "model.layers.0.self_attn.q_proj" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_that_no_matrix_of_the_layer_has_is_refused():
+    def laid(rank: int, **overrides: dict[str, object]) -> planning.Plan:
+        chosen = recipe.load("rtn+lorc", group_size=32, settings={"correction.rank": rank}, overrides=overrides)
+        return planning.make(tiny.make("llama"), chosen, torch.bfloat16)
+
+    layer = laid(32).layers["model.layers.0.self_attn.k_proj"]
+    assert layer.shape == (32, 64)
+    assert layer.nbits == layer.format.nbits((32, 64)) + 8 * 32 * (32 + 64) + 16 * (32 + 32)
+    with pytest.raises(PlanError, match=r"model\.layers\.0\.self_attn\.k_proj: rank 33 .* at most 32"):
+        laid(33)
+    skipping = laid(33, k_proj={"skip": True}, v_proj={"skip": True})
+    assert len(skipping.layers) == 10

@@ -112,7 +112,7 @@ def _facts(chosen: Recipe, data: str) -> list[list[str]]:
     exporter = exporters.choose(laid)
     shape = (SIDE, SIDE)
     bits = chosen.weights.with_scale(torch.bfloat16).nbits(shape) + sum(c.nbits(shape) for c in chosen.corrections)
-    more = ", and the weights kept in float on top" if chosen.solver.keeps_floats else ""
+    more = ", and the weights kept in float on top" if chosen.solver.extends_format else ""
     return [
         ["stores", f"`{chosen.weights.short}`: {bits / SIDE**2:.3f} bits per weight of a {SIDE} x {SIDE} layer{more}"],
         ["data", f"calibration text, for {data}" if data else "none: the weights alone"],
@@ -123,7 +123,7 @@ def _facts(chosen: Recipe, data: str) -> list[list[str]]:
 
 @cache
 def _model() -> PreTrainedModel:
-    return tiny.make("llama")
+    return tiny.make("llama", intermediate_size=128)  # widths that every container takes
 
 
 def _first_line(part: object) -> str:
@@ -252,6 +252,7 @@ def lineage_page() -> str:
     done = sorted((j, value) for j, value, _ in steps)
     assert torch.allclose(torch.tensor([v for _, v in done]).double(), solved.dequantize(torch.float64)[0])
     order = [[str(i + 1), str(j), f"{value:.3f}", f"{cost:.4f}"] for i, (j, value, cost) in enumerate(steps)]
+    error = sum(cost for *_, cost in steps)
     losses = [[what, f"{loss / 2 / len(problem.weight):.4f}"] for what, loss in _losses(problem, solved, r)]
     return f"""# OBD, OBS and OBQ on one small layer
 
@@ -281,7 +282,7 @@ still free answer, and goes on. The first output again, in 2 bits:
 {table(["step", "input", "becomes", "cost"], order, right=3)}
 
 A weight that the others have pushed beyond its range is taken at once, whatever it costs. The costs add up to the
-row's error ½ δᵀ H δ, {sum(cost for *_, cost in steps):.4f}; most of it falls on the later steps, when few are left to answer.
+row's error ½ δᵀ H δ, {error:.4f}; most of it falls on the later steps, when few are left to answer.
 
 ## Against rounding and GPTQ
 

@@ -10,6 +10,9 @@ A weight X of [out, in] stands as
 
 The library multiplies in float32 and rounds once, and so does `QTensor.dequantize` for flat blocks: the same weights,
 bit for bit, in any dtype. Blocks of zeros have a scale of 0 in the file, as the library writes it.
+
+Blocks that run across the ends of rows are read, but not written: release 0.50 computes other weights from them on CPUs
+with AVX-512, and those of the library itself are as wrong there.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from quantforge.numerics.qtensor import QTensor
 from quantforge.plan import Plan
 from quantforge.registry import register
 
+_BLOCK = 64
 _FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 # The nibble of each value in ascending order. FP4 has a sign bit, and orders magnitudes by its own exponent; of its two
 # zeros the one without the sign is the lower.
@@ -47,8 +51,9 @@ class Bitsandbytes:
     def takes(self, plan: Plan) -> bool:
         """Tell whether all of `plan` is in one format of this container; low-rank factors go beside it."""
         found = {p.format for p in plan.layers.values()}
-        floats = any(p.solver.keeps_floats for p in plan.layers.values())
-        return len(found) == 1 and _name(found.pop()) is not None and not floats
+        floats = any(p.solver.extends_format for p in plan.layers.values())
+        whole = all(p.shape[1] % _BLOCK == 0 for p in plan.layers.values())
+        return len(found) == 1 and _name(found.pop()) is not None and whole and not floats
 
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be held exactly, and what could; None if it can."""
@@ -61,8 +66,13 @@ class Bitsandbytes:
                 )
             if _name(p.format) is None:
                 return f"bitsandbytes cannot hold {p.format} of {p.name}; {', '.join(_FORMATS)} it can."
-            if p.solver.keeps_floats:
+            if p.solver.extends_format:
                 return f"bitsandbytes cannot hold the single floats of {p.name} beside its codes; native can."
+            if p.shape[1] % _BLOCK:
+                return (
+                    f"the {p.shape[1]} inputs of {p.name} are no multiple of {_BLOCK}, and bitsandbytes reads blocks "
+                    "across the ends of rows wrongly on some CPUs; native can hold them."
+                )
             first = first or p.format
             if p.format != first:
                 return f"bitsandbytes holds one format a model, not {first} and {p.format} of {p.name}; native can."
@@ -237,7 +247,7 @@ def _read_state(name: str, kind: str, stored: Tensor) -> dict[str, Any]:
     shape = state.get("shape") if isinstance(state, dict) else None
     if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in shape):
         raise damaged
-    sizes = {"blocksize": 64, "nested_blocksize": 256}
+    sizes = {"blocksize": _BLOCK, "nested_blocksize": 256}
     other = [f"{key} {state[key]!r}" for key, size in sizes.items() if state.get(key, size) != size]
     if other or state.get("quant_type") != kind or "blocksize" not in state:
         found = ", ".join(other) or f"quant_type {state.get('quant_type')!r}"

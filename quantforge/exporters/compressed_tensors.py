@@ -29,7 +29,7 @@ from quantforge.numerics.qtensor import QTensor
 from quantforge.plan import Plan
 from quantforge.registry import register
 
-_ALL_EXPERTS = r"re:.*\.experts\..*"
+_ALL_EXPERTS = r"re:.*\.experts\.\d+\..*"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -40,7 +40,7 @@ class CompressedTensors:
 
     def takes(self, plan: Plan) -> bool:
         """Tell whether `plan` has only integer formats of this container; low-rank factors go beside it."""
-        return all(_plain(p.format) and not p.solver.keeps_floats for p in plan.layers.values())
+        return all(_plain(p.format) and not p.solver.extends_format for p in plan.layers.values())
 
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be held exactly, and what could; None if it can."""
@@ -95,8 +95,8 @@ class CompressedTensors:
         if floats:
             raise PlanError(
                 253,
-                f"stock loaders lose experts that are not quantized, such as {floats[0]} (with {len(floats) - 1} more); "
-                "quantize all experts, or keep the result in memory.",
+                f"stock loaders lose experts that are not quantized, such as {floats[0]} (with {len(floats) - 1} "
+                "more); quantize all experts, or keep the result in memory.",
             )
         by_format: dict[Format, list[str]] = {}
         for p in plan.layers.values():
@@ -164,8 +164,8 @@ def _refuses_experts(plan: Plan) -> str | None:
     odd = next((p for p in experts if p.format != experts[0].format), None)
     if odd is not None:
         return (
-            f"stock loaders read all experts in one format, but {experts[0].name} is {experts[0].format} and {odd.name} "
-            f"is {odd.format}; give all experts one format."
+            f"stock loaders read all experts in one format, but {experts[0].name} is {experts[0].format} and "
+            f"{odd.name} is {odd.format}; give all experts one format."
         )
     return None
 

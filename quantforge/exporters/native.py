@@ -122,7 +122,9 @@ def _residual(residual: Residual) -> dict[str, Any]:
 def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor]) -> QWeight:
     rows, cols = about["shape"]
     base = _read_matrix(name, (int(rows), int(cols)), formats.from_json(about["format"]), tensors)
-    residuals = []
+    residuals: list[Residual] = []
+    if not isinstance(about["residuals"], list):
+        raise ValueError("its residuals are no list")
     for i, part in enumerate(about["residuals"]):
         cls = _KINDS[part["kind"]]
         values: dict[str, Any] = {}
@@ -161,7 +163,7 @@ def _check(residual: Residual, shape: tuple[int, int]) -> None:
 
 
 def _usable(x: Tensor) -> bool:
-    return x.is_floating_point() and bool(x.isfinite().all())
+    return x.dtype in formats.SCALE_DTYPES.values() and bool(x.isfinite().all())
 
 
 def _ascend(start: Tensor, columns: Tensor) -> bool:

@@ -141,14 +141,14 @@ def _divide_norm(module: nn.Module, scales: Tensor, shift: float, dtype: torch.d
     """Divide a norm's weight and bias by `scales`, as `dtype` holds the result; return the scales that came of it."""
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
-    full = weight + shift
-    new = (full / scales - shift).to(dtype).to(weight.dtype)
+    full = weight.float() + shift  # in bfloat16, the sum would lose what Gemma's own forward keeps
+    new = (full / scales - shift).to(dtype).float()
     usable = (full != 0) & (new + shift != 0)
     exact = torch.where(usable, full / (new + shift), 1.0)
     # where rounding would decide the scale, leave the channel alone
     sound = usable & ((exact / scales - 1).abs() < 0.1)
     exact = torch.where(sound, exact, 1.0)
-    weight.copy_(torch.where(sound, new, weight))
+    weight.copy_(torch.where(sound, new, weight.float()))
     if isinstance(bias, Tensor):
         bias.copy_((bias / exact).to(dtype))
     return exact
@@ -176,7 +176,9 @@ def find(model: nn.Module) -> list[Fold]:
     row = arch.TABLE[kind]
     producers = dict(zip(row.stages, TABLE[kind], strict=True))
     folds = []
-    for i, block in enumerate(model.get_submodule(row.blocks)):  # type: ignore[arg-type]
+    blocks = model.get_submodule(row.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    for i, block in enumerate(blocks):
         path = f"{row.blocks}.{i}"
         for names in row.of_block(block):
             producer = producers.get(names)

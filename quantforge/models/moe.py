@@ -55,7 +55,7 @@ class Experts(nn.ModuleList):
         """
         total = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self):
-            place, token = torch.where(top_k_index.T == index)
+            place, token = torch.where(top_k_index.T.eq(index))
             if len(token):  # an expert without tokens is not called
                 out = expert(hidden_states[token]) * top_k_weights[token, place, None]
                 total.index_add_(0, token, out.to(total.dtype))

@@ -135,6 +135,8 @@ def parse(text: str) -> Format:
     _, group, flat, whole, kind, scale, zero = m.groups()
     block: Block = Flat(int(flat)) if flat else (1, int(group)) if group else (None if whole == "tensor" else 1, None)
     symmetric = kind != "asym" if kind else True
+    if symmetric and zero:
+        raise ValueError(f"{text!r} is no format: what is symmetric has no zero points")
     if not symmetric and not isinstance(grid, IntGrid):
         raise ValueError(f"{text!r} is no format: only integer grids have zero points")
     return Format(grid, block, symmetric, SCALE_DTYPES[scale or "fp32"], SCALE_DTYPES[zero] if zero else None)

@@ -57,9 +57,9 @@ def from_limits(low: Tensor, high: Tensor, fmt: Format) -> Range:
     """
     steps = fmt.grid.high - fmt.grid.low
     if fmt.symmetric:
-        half = steps / 2 if isinstance(fmt.grid, IntGrid) else max(-fmt.grid.low, fmt.grid.high)
-        largest = torch.maximum(low.abs(), high.abs())
-        return Range(stored(torch.where(largest > 0, largest / half, 1.0), fmt.scale), torch.zeros_like(largest))
+        width = 2 * torch.maximum(low.abs(), high.abs())
+        steps = steps if isinstance(fmt.grid, IntGrid) else 2 * max(-fmt.grid.low, fmt.grid.high)
+        return Range(stored(torch.where(width > 0, width / steps, 1.0), fmt.scale), torch.zeros_like(width))
     if fmt.zero is not None:
         scale = stored(torch.where(high > low, (high - low) / steps, 1.0), fmt.scale)
         return Range(scale, real_zero(fmt.grid.low - low / scale, fmt))

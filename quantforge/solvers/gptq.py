@@ -44,7 +44,7 @@ class GPTQ:
     range: str = "hessian"
 
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
-    keeps_floats = False
+    extends_format = False
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

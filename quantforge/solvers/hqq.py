@@ -38,7 +38,7 @@ class HQQ:
     iterations: int = 20
 
     needs = ()
-    keeps_floats = False
+    extends_format = False
 
     def __post_init__(self) -> None:
         if not 0 < self.norm <= 1:
@@ -49,17 +49,27 @@ class HQQ:
             raise ValueError(f"iterations must be at least 0, not {self.iterations}")
 
     def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
-        """Return why `fmt` does not do; None if it has integer codes and real zero points in a plain dtype."""
-        if not isinstance(fmt.grid, IntGrid) or fmt.symmetric or not isinstance(fmt.zero, torch.dtype):
-            return f"HQQ moves real zero points, which {fmt} lacks; int3-g64-asym-fp16-zero-fp16 has them."
+        """Return why `fmt` does not do; None if it has integer codes, and scales and zero points that are not quantized."""
+        if not isinstance(fmt.grid, IntGrid) or fmt.symmetric:
+            return f"HQQ moves zero points, which {fmt} lacks; int3-g64-asym-fp16-zero-fp16 has them."
+        if isinstance(fmt.zero, Format) or isinstance(fmt.scale, Format):
+            return f"HQQ moves zero points, which {fmt} quantizes anew; int3-g64-asym-fp16-zero-fp16 keeps them."
         return None
 
     def solve(self, problem: Problem) -> QWeight:
         """Choose zero points and codes for `problem.weight` [out, in]."""
         weight, fmt = problem.weight, problem.format
-        start = fit(weight, fmt)
         blocks = tiles(weight, fmt.block)
         valid = tiles(torch.ones_like(weight), fmt.block, fill=0.0)
+        # from an integer zero point too: weights that are zero then have no error, which a norm below 1 rewards
+        starts = [fit(weight, fmt), fit(weight, replace(fmt, zero=None))]
+        (one, norms), (other, others) = (self._descend(blocks, start, fmt, valid) for start in starts)
+        better = others < norms
+        best = Range(torch.where(better, other.scale, one.scale), torch.where(better, other.zero, one.zero))
+        return QWeight(quantize(weight, best, fmt), {})
+
+    def _descend(self, blocks: Tensor, start: Range, fmt: Format, valid: Tensor) -> tuple[Range, Tensor]:
+        """Return the best range met on the way from `start`, and its norms [row blocks, column blocks]."""
         best, least = start, self._norms(blocks, start, fmt, valid)
         current, beta = start, self.beta
         for _ in range(self.iterations):
@@ -68,13 +78,13 @@ class HQQ:
             sparse = _shrink(error, beta, self.norm)
             wanted = (codes - (blocks - sparse) / current.scale[..., None]) * valid
             zero = wanted.sum(-1) / valid.sum(-1)
-            current = replace(current, zero=ranges.real_zero(zero, fmt))
+            current = replace(current, zero=_kept(zero, fmt))
             norms = self._norms(blocks, current, fmt, valid)
             better = norms < least
             least = torch.where(better, norms, least)
             best = replace(best, zero=torch.where(better, current.zero, best.zero))
             beta *= self.kappa
-        return QWeight(quantize(weight, best, fmt), {})
+        return best, least
 
     def _codes(self, blocks: Tensor, r: Range, fmt: Format) -> Tensor:
         return fmt.grid.round(blocks / r.scale[..., None] + r.zero[..., None])
@@ -83,6 +93,13 @@ class HQQ:
         """Return Σ |error|^p of each block."""
         error = blocks - (self._codes(blocks, r, fmt) - r.zero[..., None]) * r.scale[..., None]
         return (error.abs().pow_(self.norm) * valid).sum(-1)
+
+
+def _kept(zero: Tensor, fmt: Format) -> Tensor:
+    """Round zero points to what `fmt` stores: integers of the grid, or real numbers in its dtype."""
+    if fmt.zero is None:
+        return zero.round().clamp(fmt.grid.low, fmt.grid.high)
+    return ranges.real_zero(zero, fmt)
 
 
 def _shrink(x: Tensor, beta: float, p: float) -> Tensor:

@@ -63,7 +63,7 @@ class OBQ:
     range: str = "minmax"
 
     needs = ("hessian",)
-    keeps_floats = False
+    extends_format = False
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

@@ -32,11 +32,15 @@ class Quantile:
     codes: str = "empirical"
 
     needs = ()
-    keeps_floats = False
 
     def __post_init__(self) -> None:
         if self.codes not in ("empirical", "normal"):
             raise ValueError(f"codes are empirical or normal, not {self.codes!r}")
+
+    @property
+    def extends_format(self) -> bool:
+        """Tell whether the layer's table is its own."""
+        return self.codes == "empirical"
 
     def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
         """Return why `fmt` does not do; None if it is a symmetric table."""

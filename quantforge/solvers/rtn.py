@@ -29,7 +29,7 @@ class RTN:
     def __post_init__(self) -> None:
         ranges.rule(self.range)
 
-    keeps_floats = False
+    extends_format = False
 
     def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
         """Return None: any format will do."""

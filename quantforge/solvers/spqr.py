@@ -46,7 +46,7 @@ class SpQR:
     range: str = "hessian"
 
     needs = ("hessian",)
-    keeps_floats = True
+    extends_format = True
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

@@ -121,7 +121,7 @@ def test_the_result_holds_only_what_its_format_stores(problem, solver, data):
     check_stored(q, fmt)
     assert fmt.grid.bits <= p.format.grid.bits
     assert solver == "quantile" or not own
-    assert create("solver", solver).keeps_floats or not solved.residuals
+    assert create("solver", solver).extends_format or not solved.residuals
     assert solved.nbits == fmt.nbits(shape) + sum(r.nbits for r in solved.residuals)
     assert solved.dequantize().isfinite().all()
     assert solved.residuals or torch.equal(solved.dequantize(), q.dequantize(torch.float32))

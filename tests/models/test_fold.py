@@ -130,6 +130,18 @@ def test_norms_stay_numbers_of_the_dtype_and_the_scales_follow_them(kind, dtype)
     assert relative(logits(model), wanted) < (0.05 if biased else 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "opt"])
+def test_a_norm_held_in_bfloat16_and_its_scales_multiply_to_what_it_was(kind):
+    model = made(kind, {})
+    group = fold.find(model)[0]
+    norm = model.get_submodule(group.producer.name).bfloat16()
+    shift = 1 if kind == "gemma2" else 0
+    old, weight = norm.weight.double() + shift, arch.get_weight(model.get_submodule(group.consumers[0])).double()
+    group.apply(model, scales(model, group, 0), torch.bfloat16)
+    applied = (arch.get_weight(model.get_submodule(group.consumers[0])).double() / weight).median(0).values
+    torch.testing.assert_close((norm.weight.double() + shift) * applied, old, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if k in ("opt", "gpt2", "qwen2")])
 def test_biases_of_producers_become_numbers_of_the_dtype(kind):
     """They are saved in it, and what is computed is what is saved."""

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantforge.numerics.formats import SCALE_DTYPES, Format, parse
-from quantforge.numerics.grids import int_grid
+from quantforge.numerics.formats import NAMED, SCALE_DTYPES, Format, parse
+from quantforge.numerics.grids import CUSTOM, Grid, int_grid
 
 FORMATS = st.builds(
     Format,
@@ -61,6 +61,63 @@ def test_bits_per_weight_count_codes_scales_and_zero_points(text, bits):
 
 def test_a_short_last_group_costs_a_whole_scale():
     assert parse("int4-g64-asym-fp16").nbits((2, 65)) == 2 * 65 * 4 + 2 * 2 * (16 + 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("nf4-f64", "nf3-g16-sym-fp16", "e2m1-g16-sym-bf16", "fp4-channel-sym-fp32", "int4-f10-asym-fp32"),
+        *("int3-g16-asym-fp16-zero-fp16", "int4-channel-asym-bf16-zero-fp32", "dynamic8-f256-sym-fp32"),
+    ],
+)
+def test_tables_flat_blocks_and_real_zero_points_have_a_notation_too(text):
+    fmt = parse(text)
+    assert parse(str(fmt)) == fmt
+    assert str(fmt).startswith(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["nf4-g64-asym", "fp4-channel-asym", "nf1-g64", "nf4-f0", "int4-g64-zero-int8", "custom-g64"]
+)
+def test_tables_have_no_zero_points_and_names_must_be_known(text):
+    with pytest.raises(ValueError, match=f"^'{text}' is no format"):
+        parse(text)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_stands_for_its_format(name):
+    assert parse(name) is NAMED[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("nf4-f64", 4.5),
+        ("nf4-g64-fp16", 4.25),
+        ("e2m1-g32-fp16", 4.5),
+        ("int4-g64-asym-fp16-zero-fp16", 4.5),
+        ("int3-g16-asym-fp16-zero-fp32", 6.0),
+        ("hqq3-g64", 4.0),
+        ("spqr3-g16", 3.625),
+    ],
+)
+def test_bits_of_tables_real_zero_points_and_nested_scales_are_counted(text, bits):
+    assert parse(text).nbits((16, 256)) / (16 * 256) == bits
+
+
+def test_a_table_that_only_the_file_holds_is_counted_with_it():
+    table = Format(Grid(CUSTOM, (-1.0, 0.0, 0.5, 1.0)), (1, 64), True)
+    assert table.nbits((2, 64)) == 2 * 64 * 2 + 2 * 32 + 4 * 32
+
+
+def test_flat_blocks_count_the_matrix_as_one_row():
+    assert parse("nf4-f10").nbits((3, 7)) == 21 * 4 + 3 * 32
+
+
+def test_with_scale_leaves_what_has_its_scales_by_definition():
+    for name in ("nf4", "nf4-dq", "spqr3-g16"):
+        assert parse(name).with_scale(torch.bfloat16) == parse(name)
+    assert parse("int4-g8-asym-zero-fp16").with_scale(torch.bfloat16) == parse("int4-g8-asym-bf16-zero-bf16")
 
 
 def test_with_scale_changes_the_stored_dtype_only():
