@@ -23,6 +23,7 @@ _BUILT_IN = (
     "quantforge.solvers.hqq",
     "quantforge.solvers.quantile",
     "quantforge.solvers.obq",
+    "quantforge.solvers.spare",
     "quantforge.transforms.awq",
     "quantforge.corrections.lorc",
     "quantforge.exporters.compressed_tensors",

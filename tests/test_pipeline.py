@@ -134,7 +134,10 @@ def test_layers_solved_as_one_matrix_get_the_codes_of_layers_solved_alone(monkey
 def test_layers_that_read_one_input_are_stacked():
     model = tiny.make("llama")
     plan = planning.make(model, recipe.load("gptq", group_size=32), torch.float32)
-    sizes = [[len(s) for s in pipeline._stacks([plan.layers[name] for name in stage.names])] for stage in arch.find_stages(model)[0]]
+    sizes = [
+        [len(s) for s in pipeline._stacks([plan.layers[name] for name in stage.names])]
+        for stage in arch.find_stages(model)[0]
+    ]
     assert sizes == [[3], [1], [2], [1]] * 2
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from quantforge.errors import ModelError
+from quantforge.models import moe
 from quantforge.numerics.blocks import Flat, counts, tiles
 from quantforge.numerics.formats import NAMED, Format
 from quantforge.numerics.problem import QWeight
@@ -53,7 +54,8 @@ class Bitsandbytes:
         found = {p.format for p in plan.layers.values()}
         floats = any(p.solver.extends_format for p in plan.layers.values())
         whole = all(p.shape[1] % _BLOCK == 0 for p in plan.layers.values())
-        return len(found) == 1 and _name(found.pop()) is not None and whole and not floats
+        dense = not any(moe.expert_of(name) for name in plan.layers)
+        return dense and len(found) == 1 and _name(found.pop()) is not None and whole and not floats
 
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be held exactly, and what could; None if it can."""

@@ -27,7 +27,7 @@ class Format:
     block      (rows, columns) sharing a scale, None being the whole axis; or Flat blocks
     symmetric  True: no zero point
     scale      the dtype in which scales are stored, or the format of the matrix of scales; codes are chosen against the
-               stored value
+               stored value; but against the unquantized one where the nested format is centered, as QLoRA's is
     zero       asymmetric formats only. None: one integer of the grid a block, in as many bits as a code. A dtype: a
                real number in units of a code. A format: such real numbers, quantized
     centered   the mean of the matrix is taken off before all else, and stored in float32

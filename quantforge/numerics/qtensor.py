@@ -41,10 +41,11 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return offset + (value − zero) · scale computed in `dtype`, as every loader does.
 
-        The default is the dtype of the scales; float32 where they are quantized. Flat blocks are computed in float32
-        and rounded, as bitsandbytes does it.
+        The default is the dtype of the scales; float32 where they are quantized. Flat blocks, as in bitsandbytes, and
+        what only quantforge reads, quantized scales and real zero points, are computed in float32 and rounded.
         """
-        if isinstance(self.format.block, Flat) and dtype not in (None, torch.float32, torch.float64):
+        stock = not isinstance(self.format.block, Flat) and isinstance(self.scale, Tensor) and self.format.zero is None
+        if not stock and dtype not in (None, torch.float32, torch.float64):
             return self.dequantize(torch.float32).to(dtype)
         scale = _dense(self.scale)
         dtype = dtype or (scale.dtype if isinstance(self.scale, Tensor) else torch.float32)

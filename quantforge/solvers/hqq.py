@@ -49,7 +49,7 @@ class HQQ:
             raise ValueError(f"iterations must be at least 0, not {self.iterations}")
 
     def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
-        """Return why `fmt` does not do; None if it has integer codes, and scales and zero points that are not quantized."""
+        """Return why `fmt` does not do; None if it has integer codes, and zero points in no format of their own."""
         if not isinstance(fmt.grid, IntGrid) or fmt.symmetric:
             return f"HQQ moves zero points, which {fmt} lacks; int3-g64-asym-fp16-zero-fp16 has them."
         if isinstance(fmt.zero, Format) or isinstance(fmt.scale, Format):

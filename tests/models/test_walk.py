@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantforge import pipeline, recipe
 from quantforge import plan as planning
-from quantforge.calibrate.stats import Hessian
+from quantforge.calibrate.stats import Hessian, Statistics
 from quantforge.models import arch, tiny
 from quantforge.models.walk import Stage, walk
 
@@ -70,7 +70,7 @@ def test_a_llama_block_collects_four_hessians_that_see_every_token(monkeypatch):
             super().__init__(width, device)
             made.append(self)
 
-    monkeypatch.setattr(pipeline, "Hessian", Counted)
+    monkeypatch.setattr("quantforge.calibrate.stats.Hessian", Counted)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", 24)
     model = tiny.make("llama")
     plan = planning.make(model, recipe.load("gptq", group_size=32), torch.float32)
@@ -130,10 +130,10 @@ def test_gptq_chooses_the_codes_that_rerunning_the_model_for_every_stage_gives(k
     expected: dict[str, Tensor] = {}
 
     def solve(index: int, x: Tensor) -> None:
-        hessian = Hessian(x.shape[-1])
-        for part in x.split(24):
-            hessian.add(part)
-        for layer in pipeline._solve(stages[index], plan, hessian, lambda layer: None):
+        found = Statistics(frozenset({"hessian"}), x.shape[-1])
+        for batch, part in enumerate(x.split(24)):
+            found.add(batch, part)
+        for layer in pipeline._solve(stages[index], plan, found, lambda layer: None):
             expected[layer.name] = layer.weight.base.codes
 
     naive(twin, list(ids.split(2)), stages, solve)
