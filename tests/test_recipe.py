@@ -50,7 +50,7 @@ def test_unchanged_means_unchanged():
 
 def test_the_options_of_transforms_and_corrections_have_their_own_prefix():
     options = {entry["name"]: entry["options"] for entry in recipe.catalogue()}
-    assert options["awq"]["transform.steps"] == ("int", 20)
+    assert options["awq"]["transform.steps"] == ("int", 10)
     assert options["awq"]["solver.range"] == ("str", "hessian")
     assert options["lorc"]["correction.rank"] == ("int", 8)
     assert not any(key.startswith(("transform.", "correction.")) for key in options["gptq"])

@@ -52,8 +52,8 @@ def from_limits(low: Tensor, high: Tensor, fmt: Format) -> Range:
     Symmetric: scale = max(|low|, |high|) / ((2^bits − 1) / 2), so that the largest value errs by at most scale / 2; for
     tables, / max |value|.
     Asymmetric: scale = (high − low) / (2^bits − 1), zero_point = grid low − low / scale; an integer zero point is
-    rounded, and zero is then included in the range. A block of zeros, and for real zero points one of a single value,
-    gets scale 1.
+    rounded, and zero is then included in the range. A real one is rounded to its dtype: no step is finer than what that
+    may lose, and a block whose values differ by no more than that includes zero too. A block of zeros gets scale 1.
     """
     steps = fmt.grid.high - fmt.grid.low
     if fmt.symmetric:
@@ -61,7 +61,12 @@ def from_limits(low: Tensor, high: Tensor, fmt: Format) -> Range:
         steps = steps if isinstance(fmt.grid, IntGrid) else 2 * max(-fmt.grid.low, fmt.grid.high)
         return Range(stored(torch.where(width > 0, width / steps, 1.0), fmt.scale), torch.zeros_like(width))
     if fmt.zero is not None:
-        scale = stored(torch.where(high > low, (high - low) / steps, 1.0), fmt.scale)
+        assert isinstance(fmt.zero, torch.dtype)
+        finest = torch.maximum(low.abs(), high.abs()) * torch.finfo(fmt.zero).eps
+        alike = high - low <= finest
+        low, high = torch.where(alike, low.clamp(max=0), low), torch.where(alike, high.clamp(min=0), high)
+        scale = torch.maximum((high - low) / steps, finest)
+        scale = stored(torch.where(scale > 0, scale, 1.0), fmt.scale)
         return Range(scale, real_zero(fmt.grid.low - low / scale, fmt))
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = stored(torch.where(high > low, (high - low) / steps, 1.0), fmt.scale)

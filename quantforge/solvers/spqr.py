@@ -38,7 +38,7 @@ class SpQR:
     range              how ranges are found: minmax, percentile, mse, or hessian (squared error weighted by 1 / U_jj²)
     """
 
-    outlier_threshold: float = 0.2
+    outlier_threshold: float = 0.4
     damp_percent: float = 0.15
     damping: str = "relative"
     act_order: bool = True

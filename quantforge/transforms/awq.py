@@ -11,7 +11,7 @@ from torch import Tensor
 from quantforge.numerics import ranges
 from quantforge.numerics.blocks import spread, tiles
 from quantforge.numerics.problem import Problem
-from quantforge.numerics.qtensor import fit, quantize
+from quantforge.numerics.qtensor import fit
 from quantforge.registry import register
 
 
@@ -26,12 +26,12 @@ class AWQ:
     around them. No scaling is among the candidates, so that rounding with these scales never loses to rounding
     without. The clipping of section 3.2 is the solver's range rule.
 
-    steps  how many values of r between 0 and 1 are tried
+    steps  how many values of r above 0 and up to 1 are tried; the paper has 20 without the second kind of scales
     duo    try the scales that also look at the weights
     range  the range rule that the search rounds with
     """
 
-    steps: int = 20
+    steps: int = 10
     duo: bool = True
     range: str = "minmax"
 
@@ -72,8 +72,13 @@ class AWQ:
         scaled = problem.weight * scales
         assert problem.hessian is not None
         importance = problem.hessian.diagonal() / scales.square()  # the inputs shrink as the weights grow
-        rounded = quantize(scaled, fit(scaled, problem.format, self.range, importance), problem.format)
-        return problem.loss(rounded.dequantize(torch.float32) / scales)
+        r, fmt, shape = fit(scaled, problem.format, self.range, importance), problem.format, _shape(scaled)
+        rounded = ranges.round_to(scaled, spread(r.scale, shape, fmt.block), spread(r.zero, shape, fmt.block), fmt)
+        return problem.loss(rounded.div_(scales))
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
 
 
 def _normal(scales: Tensor) -> Tensor:
@@ -84,5 +89,5 @@ def _normal(scales: Tensor) -> Tensor:
 def _relative_size(problem: Problem) -> Tensor:
     """Return the mean over rows of |w| relative to the largest of its group, for each input channel [in]."""
     weight, block = problem.weight.abs(), problem.format.block
-    top = spread(tiles(weight, block).amax(-1), (weight.shape[0], weight.shape[1]), block)
+    top = spread(tiles(weight, block).amax(-1), _shape(weight), block)
     return (weight / top.clamp(min=torch.finfo(top.dtype).tiny)).mean(0)

@@ -86,7 +86,7 @@ def test_what_is_written_is_read_bit_for_bit(shape, fmt, kinds, seed):
 
 @pytest.mark.parametrize("solver", names("solver"))
 def test_what_any_solver_returns_is_read_bit_for_bit(problem, solver):
-    made, tried = create("solver", solver), 0
+    made, tried = create("solver", solver, {"share": 0.2} if solver == "spare" else None), 0
     for fmt in FORMATS:
         if made.refuses((18, 40), parse(fmt)) is None:
             p = problem(fmt, 18, 40, w="outliers", drift=0.2)

@@ -100,6 +100,20 @@ def test_the_strength_is_the_best_on_tokens_held_out(reference):
         assert errors[chosen] <= min(errors.values()) * 1.02
 
 
+def test_the_tokens_that_judge_have_no_part_in_the_fit(reference):
+    """With hardly more tokens than inputs any noise can be fitted, which only tokens left out of the fit can tell."""
+    strengths = []
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        x = reference.inputs("white", 40, 32, rng)
+        x_float = x + 0.5 * torch.randn(40, 32, generator=rng, dtype=x.dtype)
+        p = Problem(
+            "layer", torch.randn(8, 32, generator=rng), reference.parse("int4-g16-asym"), (x.T @ x / 20).float()
+        )
+        strengths.append(GPTAQ().solve(replace(p, drift=reference.drifted(x_float, x))).notes["strength"])
+    assert sum(strengths) / 20 < 0.3
+
+
 def test_drift_without_meaning_is_left_alone(reference):
     """Where the float inputs differ by noise that has nothing to do with x, there is nothing to make up for."""
     chosen = []

@@ -111,6 +111,30 @@ def test_real_zero_points_span_each_block_from_end_to_end(fmt, shift):
     assert (error <= spread(allowed, (6, 33), fmt.block) * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "group",
+    [[10.0, 10.001], [10.0, 10.5], [0.02], [-0.3], [1e-4], [0.5, 0.5001], [-7.0, -7.0001], [1e-30], [3e4, 3.1e4]],
+)
+def test_groups_whose_values_hardly_differ_are_kept_as_well_as_the_dtypes_allow(group, dtype):
+    w, fmt = torch.tensor([group * 4]), parse(f"int4-channel-asym-fp32-zero-{dtype}")
+    error = (encode(w, fmt).dequantize() - w).abs().max()
+    allowed = 1.01 * torch.finfo(fmt.zero).eps * w.abs().max() + (w.max() - w.min()) / 30 * 1.01
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17])
+def test_bilevel_scales_of_a_lone_row_and_of_rows_all_alike_are_kept(rows):
+    row = torch.randn(1, 48, generator=torch.Generator().manual_seed(0)) * 0.02
+    plain, nested = (
+        float((encode(row, fmt).dequantize() - row).norm())
+        for fmt in (parse("int3-g16-asym-zero-fp32"), NAMED["spqr3-g16"])
+    )
+    w = row.expand(rows, 48).contiguous()
+    assert nested < 1.1 * plain
+    assert float((encode(w, NAMED["spqr3-g16"]).dequantize() - w).norm()) < 1.1 * plain * rows**0.5
+
+
 @pytest.mark.parametrize("name", sorted(RULES))
 @pytest.mark.parametrize("fmt", REAL)
 def test_every_rule_keeps_real_zero_points_as_they_are_stored(name, fmt):
@@ -159,8 +183,10 @@ def test_bilevel_scales_of_like_rows_lose_little():
 def test_a_group_that_hardly_is_does_not_spoil_the_zero_points_of_its_neighbours():
     w = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     whole = (encode(w, NAMED["spqr3-g16"]).dequantize() - w)[1:].norm()
-    for size in (1e-3, 1e-6, 1e-20):
+    w[1] = 0
+    for size in (0.1, 0.03, 1e-3, 1e-6, 1e-20):
         w[0] = torch.linspace(-1, 1, 16) * size
+        assert encode(w, NAMED["spqr3-g16"]).dequantize().isfinite().all()
         assert (encode(w, NAMED["spqr3-g16"]).dequantize() - w)[1:].norm() < 1.5 * whole
 
 
