@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 
 from quantforge.calibrate.stats import Statistics
 from quantforge.models import arch, fold, moe
-from quantforge.models.walk import Stage, walk
+from quantforge.models.walk import Call, Stage, walk
 from quantforge.numerics.problem import Problem, QWeight
+from quantforge.numerics.ranges import Range
 from quantforge.plan import LayerPlan, Plan
 from quantforge.protocols import Transform
 
@@ -55,34 +58,64 @@ def quantize(
               those of the weights; with ids, those of the outputs
     progress  called with each layer as it is done
     """
-    stages = plan.select(arch.find_stages(model)[0])
     layers: list[Layer] = []
     if ids is None:
         assert not plan.needs, "the plan needs data"
-        for stage in stages:
+        for stage in _stages(model, plan):
             layers += _solve(stage, plan, None, progress)
         return layers
     device = next(model.parameters()).device
     batches = [b.to(device) for b in torch.split(ids, max(BATCH_TOKENS // ids.shape[1], 1))]
     for transform in plan.recipe.transforms:
         _rescale(model, plan, transform, batches)
-    held = frozenset(range(HELD - 1, len(batches), HELD)) or frozenset({len(batches) - 1})
-    gathered: dict[int, Statistics] = {}
-    float_inputs: dict[tuple[int, int], Tensor] = {}
-    ahead = _float_walk(model, plan, batches, float_inputs) if "drift" in plan.needs else None
-
-    def observe(index: int, batch: int, x: Tensor) -> None:
-        if index not in gathered:
-            gathered[index] = Statistics(plan.needs, x.shape[-1], x.device, held)
-        gathered[index].add(batch, x, float_inputs.pop((index, batch), None))
-
-    if ahead is not None:
+    stages = _stages(model, plan)
+    found = _Gathered(plan, len(batches))
+    ahead = _float_walk(model, plan, batches, found) if "drift" in plan.needs else repeat(0)
+    next(ahead, None)
+    ranges: dict[str, Range] = {}
+    for index in walk(_body(model), batches, stages, found.observe):
+        if stages[index].block:
+            ranges |= _tune(stages[index], plan, found.calls.pop(index, []))
+        else:
+            layers += _solve(stages[index], plan, found.statistics.pop(index, None), progress, ranges)
         next(ahead, None)
-    for index in walk(_body(model), batches, stages, observe):
-        layers += _solve(stages[index], plan, gathered.pop(index, None), progress)
-        if ahead is not None:
-            next(ahead, None)
     return layers
+
+
+class _Gathered:
+    """What a walk has collected for the stages that wait to be solved."""
+
+    def __init__(self, plan: Plan, batches: int) -> None:
+        self.needs = plan.needs
+        self.held = frozenset(range(HELD - 1, batches, HELD)) or frozenset({batches - 1})
+        self.statistics: dict[int, Statistics] = {}
+        self.calls: dict[int, list[Call]] = {}
+        self.float_inputs: dict[tuple[int, int], Tensor] = {}
+
+    def observe(self, index: int, batch: int, x: Tensor | Call) -> None:
+        """Add the input of a stage, or keep the call of a block."""
+        if not isinstance(x, Tensor):
+            self.calls.setdefault(index, []).append(x)
+            return
+        if index not in self.statistics:
+            self.statistics[index] = Statistics(self.needs, x.shape[-1], x.device, self.held)
+        self.statistics[index].add(batch, x, self.float_inputs.pop((index, batch), None))
+
+
+def _stages(model: nn.Module, plan: Plan) -> list[Stage]:
+    """Return the stages that `plan` solves; if it has tuners, each block is a stage too, before its own."""
+    stages = plan.select(arch.find_stages(model)[0])
+    if not plan.recipe.tuners:
+        return stages
+    found: list[Stage] = []
+    blocks: set[str] = set()
+    for stage in stages:
+        path = arch.block_path(stage.names[0])
+        if path is not None and path not in blocks:
+            blocks.add(path)
+            found.append(Stage((path,), (model.get_submodule(path),), block=True))
+        found.append(stage)
+    return found
 
 
 def _body(model: nn.Module) -> Callable[[Tensor], object]:
@@ -91,19 +124,17 @@ def _body(model: nn.Module) -> Callable[[Tensor], object]:
     return lambda batch: body(input_ids=batch, use_cache=False)
 
 
-def _float_walk(
-    model: nn.Module, plan: Plan, batches: list[Tensor], inputs: dict[tuple[int, int], Tensor]
-) -> Iterator[int]:
-    """Walk a copy of the float model, one stage ahead, and leave what each stage gets in `inputs`.
+def _float_walk(model: nn.Module, plan: Plan, batches: list[Tensor], found: _Gathered) -> Iterator[int]:
+    """Walk a copy of the float model, one stage ahead, and leave what each stage gets in `found`.
 
     Experts are left out: the float model's router may send them other tokens, which cannot be compared.
     """
     twin = copy.deepcopy(model)
-    stages = plan.select(arch.find_stages(twin)[0])
+    stages = _stages(twin, plan)
 
-    def keep(index: int, batch: int, x: Tensor) -> None:
-        if moe.expert_of(stages[index].names[0]) is None:
-            inputs[index, batch] = x.detach()
+    def keep(index: int, batch: int, x: Tensor | Call) -> None:
+        if isinstance(x, Tensor) and moe.expert_of(stages[index].names[0]) is None:
+            found.float_inputs[index, batch] = x.detach()
 
     return walk(_body(twin), batches, stages, keep)
 
@@ -135,7 +166,33 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
         arch.set_weight(module, arch.get_weight(module).to(plan.dtype))
 
 
-def _solve(stage: Stage, plan: Plan, found: Statistics | None, progress: Progress) -> list[Layer]:
+def _tune(stage: Stage, plan: Plan, calls: list[Call]) -> dict[str, Range]:
+    """Run the plan's tuners on one block; return the ranges of its layers by full name."""
+    (path,), (block,) = stage.names, stage.modules
+    formats = {
+        name.removeprefix(f"{path}."): p.format for name, p in plan.layers.items() if name.startswith(f"{path}.")
+    }
+    ranges: dict[str, Range] = {}
+    for tuner in plan.recipe.tuners if calls else ():
+        ranges |= {f"{path}.{name}": r for name, r in tuner.tune(block, formats, calls).items()}
+    return ranges
+
+
+def _joined(found: list[Range | None]) -> Range | None:
+    """Return the ranges of layers that are stacked along the rows as one; None where they are left to the solver."""
+    known = [r for r in found if r is not None]
+    if len(known) < len(found):
+        return None
+    return Range(torch.cat([r.scale for r in known]), torch.cat([r.zero for r in known]))
+
+
+def _solve(
+    stage: Stage,
+    plan: Plan,
+    found: Statistics | None,
+    progress: Progress,
+    ranges: Mapping[str, Range] = MappingProxyType({}),
+) -> list[Layer]:
     """Solve one stage's layers, stacked along the rows where their format allows, and install the results."""
     start = time.perf_counter()
     modules = dict(zip(stage.names, stage.modules, strict=True))
@@ -150,7 +207,8 @@ def _solve(stage: Stage, plan: Plan, found: Statistics | None, progress: Progres
     for group in _stacks([plan.layers[name] for name in stage.names]):
         weights = [arch.get_weight(modules[p.name]) for p in group]
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-        problem = Problem(" + ".join(p.name for p in group), stacked, group[0].format, **fields)
+        trained = _joined([ranges.get(p.name) for p in group])
+        problem = Problem(" + ".join(p.name for p in group), stacked, group[0].format, range=trained, **fields)
         solved = group[0].solver.solve(problem)
         for correction in group[0].corrections:
             solved = correction.correct(problem, solved)

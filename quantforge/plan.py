@@ -15,7 +15,7 @@ from quantforge.errors import PlanError, nearest
 from quantforge.models import arch
 from quantforge.models.walk import Stage
 from quantforge.numerics.formats import Format
-from quantforge.protocols import Correction, Exporter, Solver
+from quantforge.protocols import Correction, Exporter, Solver, Tuner
 from quantforge.recipe import Recipe
 
 
@@ -77,7 +77,7 @@ class Plan:
     def needs(self) -> frozenset[str]:
         """Return the statistics that any of its parts wants; empty if it needs no data."""
         parts = [need for p in self.layers.values() for need in p.needs]
-        return frozenset(parts) | {need for t in self.recipe.transforms for need in t.needs}
+        return frozenset(parts) | {need for t in (*self.recipe.transforms, *self.recipe.tuners) for need in t.needs}
 
     @property
     def bits_per_weight(self) -> float:
@@ -151,7 +151,7 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
                 own.corrections,
                 transposed,
             )
-    _refuse_unfit(layers)
+    _refuse_unfit(layers, recipe.tuners)
     quantized = {id(m.weight) for s in stages for m in s.modules}
     rest = [p for p in model.parameters() if id(p) not in quantized]
     _refuse_tied(model, stages)
@@ -207,10 +207,13 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
-def _refuse_unfit(layers: dict[str, LayerPlan]) -> None:
+def _refuse_unfit(layers: dict[str, LayerPlan], tuners: Sequence[Tuner]) -> None:
     """Ask every layer's solver and corrections whether they can do with its shape and format."""
     for p in layers.values():
-        reasons = [p.solver.refuses(p.shape, p.format), *(c.refuses(p.shape, p.format) for c in p.corrections)]
+        reasons = [
+            p.solver.refuses(p.shape, p.format),
+            *(c.refuses(p.shape, p.format) for c in (*tuners, *p.corrections)),
+        ]
         for reason in filter(None, reasons):
             raise PlanError(256, f"{p.name}: {reason}")
 

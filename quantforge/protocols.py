@@ -6,14 +6,16 @@ registers no hooks and sees no model: the pipeline collects what it `needs` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from quantforge.models.walk import Call
     from quantforge.numerics.formats import Format
     from quantforge.numerics.problem import Problem, QWeight
+    from quantforge.numerics.ranges import Range
     from quantforge.plan import Plan
 
 Shape = tuple[int, int]
@@ -57,6 +59,23 @@ class Transform(Protocol):
 
         tie  [in] → [in]: makes a quantity the same in channels that must share their scale
         """
+
+
+class Tuner(Protocol):
+    """Trains, on one decoder block at a time, what its layers are then rounded with.
+
+    Laws: the error of the block's output with all its layers rounded is not raised; the float weights stay as they are.
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the statistics it wants collected, and "blocks": the calls of every block."""
+
+    def refuses(self, shape: Shape, fmt: Format) -> str | None:
+        """Return why a layer of `shape` (out, in) stored in `fmt` cannot be trained; None if it can."""
+
+    def tune(self, block: nn.Module, formats: Mapping[str, Format], calls: Sequence[Call]) -> dict[str, Range]:
+        """Return the range of each layer, by its name within `block`, from the arguments of its calls."""
 
 
 class Correction(Protocol):

@@ -14,11 +14,11 @@ from quantforge.errors import RecipeError, nearest, pick
 from quantforge.numerics.blocks import Flat
 from quantforge.numerics.formats import Format, parse
 from quantforge.numerics.grids import Grid, IntGrid, int_grid, nf_grid
-from quantforge.protocols import Correction, Solver, Transform
+from quantforge.protocols import Correction, Solver, Transform, Tuner
 
 DEFAULT_WEIGHTS = "int4-g64-asym"
-_FIELDS = ("about", "paper", "weights", "solver", "transforms", "corrections", "skip")
-_PARTS = {"solver": "solver", "transform": "transforms", "correction": "corrections"}
+_FIELDS = ("about", "paper", "weights", "solver", "transforms", "tuners", "corrections", "skip")
+_PARTS = {"solver": "solver", "transform": "transforms", "tuner": "tuners", "correction": "corrections"}
 _Slot = tuple[str, dict[str, Any]]
 
 
@@ -32,6 +32,7 @@ class Recipe:
     weights      how linear layers are stored; the dtype of scales is set to the checkpoint's when the plan is made
     solver       how codes are chosen
     transforms   what is done to the float model first
+    tuners       what is trained about each block before it is rounded
     corrections  what is added to each layer's result
     skip         names of layers that stay as they are, full or by their last part
     overrides    (pattern, recipe for the layers it matches, or None to leave them alone); the last one that matches
@@ -44,6 +45,7 @@ class Recipe:
     weights: Format
     solver: Solver
     transforms: tuple[Transform, ...] = ()
+    tuners: tuple[Tuner, ...] = ()
     corrections: tuple[Correction, ...] = ()
     skip: tuple[str, ...] = ("lm_head",)
     overrides: tuple[tuple[str, Recipe | None], ...] = ()
@@ -51,7 +53,7 @@ class Recipe:
     @property
     def needs(self) -> tuple[str, ...]:
         """Return the statistics that any part of it, or of its overrides, wants collected."""
-        parts: list[Any] = [self.solver, *self.transforms, *self.corrections]
+        parts: list[Any] = [self.solver, *self.transforms, *self.tuners, *self.corrections]
         parts += [other for _, other in self.overrides if other is not None]
         return tuple(sorted({need for part in parts for need in part.needs}))
 
@@ -63,7 +65,7 @@ class Recipe:
     def options(self) -> dict[str, dict[str, Any]]:
         """Return the options of every part, by the prefix that `--set` knows it by."""
         found = {"solver": _values(self.solver)}
-        for prefix, parts in (("transform", self.transforms), ("correction", self.corrections)):
+        for prefix, parts in (("transform", self.transforms), ("tuner", self.tuners), ("correction", self.corrections)):
             values = {key: value for part in parts for key, value in _values(part).items()}
             if parts:
                 found[prefix] = values
@@ -103,6 +105,7 @@ def load(
     slots = {
         "solver": [_slot(raw["solver"])],
         "transforms": [_slot(s) for s in raw["transforms"]],
+        "tuners": [_slot(s) for s in raw["tuners"]],
         "corrections": [_slot(s) for s in raw["corrections"]],
     }
     for key, value in (settings or {}).items():
@@ -118,6 +121,7 @@ def load(
         _change(parse(raw["weights"]), bits, group_size, symmetric),
         built["solver"][0],
         built["transform"],
+        built["tuner"],
         built["correction"],
         tuple(raw["skip"]),
     )
@@ -174,7 +178,13 @@ def _read(name: str) -> dict[str, Any]:
     text = (resources.files("quantforge") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     assert set(raw) <= set(_FIELDS), f"bundled recipe {name} has unknown fields"
-    found: dict[str, Any] = {"weights": DEFAULT_WEIGHTS, "solver": "rtn", "transforms": [], "corrections": []}
+    found: dict[str, Any] = {
+        "weights": DEFAULT_WEIGHTS,
+        "solver": "rtn",
+        "transforms": [],
+        "tuners": [],
+        "corrections": [],
+    }
     return {**found, "skip": ["lm_head"], **raw}
 
 
@@ -194,8 +204,8 @@ def _join(name: str, raws: list[dict[str, Any]]) -> dict[str, Any]:
                 raise RecipeError(214, f"{name!r} joins methods that each say {what}; name one of them.")
             if not (rounding and _slot(raw[slot])[0] == "rtn" and joined[slot] not in plain):
                 joined[slot] = raw[slot]
-        joined["transforms"] = joined["transforms"] + raw["transforms"]
-        joined["corrections"] = joined["corrections"] + raw["corrections"]
+        for slot in ("transforms", "tuners", "corrections"):
+            joined[slot] = joined[slot] + raw[slot]
         joined["about"] += f"; then: {raw['about'][0].lower()}{raw['about'][1:]}"
         joined["paper"] += f"; {raw['paper']}"
     return joined
@@ -239,9 +249,9 @@ def _override(
     bits, group_size, symmetric = (wish.get(key, value) for key, value in zip(kinds, shared, strict=False))
     same = method == base.name
     other = load(method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings if same else None)
-    if not same and other.transforms:
+    if not same and (other.transforms or other.tuners):
         raise RecipeError(
-            220, f"the override {pattern!r} asks for {method}, which rescales whole blocks; make it the method instead."
+            220, f"the override {pattern!r} asks for {method}, which works on whole blocks; make it the method instead."
         )
     return other
 
@@ -285,7 +295,11 @@ def catalogue() -> list[dict[str, Any]]:
     found = []
     for name in names():
         chosen = load(name)
-        parts = [("solver", chosen.solver), *(("transform", t) for t in chosen.transforms)]
+        parts = [
+            ("solver", chosen.solver),
+            *(("transform", t) for t in chosen.transforms),
+            *(("tuner", t) for t in chosen.tuners),
+        ]
         parts += [("correction", c) for c in chosen.corrections]
         options = {
             f"{kind}.{f.name}": (str(f.type), getattr(part, f.name))

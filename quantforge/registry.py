@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from quantforge.errors import RecipeError, nearest, pick
 
-KINDS = ("solver", "transform", "correction", "exporter")
+KINDS = ("solver", "transform", "tuner", "correction", "exporter")
 _BUILT_IN = (
     "quantforge.solvers.rtn",
     "quantforge.solvers.gptq",
@@ -25,6 +25,7 @@ _BUILT_IN = (
     "quantforge.solvers.obq",
     "quantforge.solvers.spare",
     "quantforge.transforms.awq",
+    "quantforge.tuners.lwc",
     "quantforge.corrections.lorc",
     "quantforge.exporters.compressed_tensors",
     "quantforge.exporters.bitsandbytes",

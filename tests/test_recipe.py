@@ -231,3 +231,13 @@ def test_overrides_that_cannot_be_are_refused(wish, says):
         recipe.load("gptq", overrides={"q_proj": wish})
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipe.suites())
+def test_every_row_of_a_suite_is_a_recipe_of_its_own(name):
+    rows = recipe.suite(name)
+    labels = [row.label for row in rows]
+    assert len(labels) == len(set(labels)) > 1
+    for row in rows:
+        assert row.recipe().name == row.method
+        assert row.bits is None or row.recipe().weights.grid.bits == row.bits

@@ -106,6 +106,13 @@ def block_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
+def block_path(name: str) -> str | None:
+    """Return the full name of the decoder block that a layer lies in, or None."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else ".".join(parts[: at + 1])
+
+
 def is_linear(module: nn.Module) -> bool:
     """Tell whether `module` is a layer that can be quantized: nn.Linear, or GPT-2's transposed Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)

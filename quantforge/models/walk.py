@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -24,10 +25,15 @@ class Stage:
 
     names    full module names, in the order in which the forward calls them
     modules  the layers themselves
+    block    True for a whole decoder block, whose calls are kept instead of its input
     """
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+    block: bool = False
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one call of a block
 
 
 class _Parked(greenlet):
@@ -40,29 +46,30 @@ def walk(
     forward: Callable[[Tensor], object],
     batches: Sequence[Tensor],
     stages: Sequence[Stage],
-    observe: Callable[[int, int, Tensor], None],
+    observe: Callable[[int, int, Any], None],
 ) -> Iterator[int]:
     """Yield the index of each stage, in order, when every batch has reached it; solve it before asking for the next.
 
     forward   runs the model on one batch of token ids
     batches   token ids [sequences, seq_len], each
     stages    in the order in which the forward reaches them; a stage that no batch calls is yielded too
-    observe   (stage, batch, x [..., in]): called once per batch with the input of the stage, before it is evaluated
+    observe   (stage, batch, x [..., in]): called once per batch with the input of the stage, before it is
+              evaluated; of a stage that is a whole block, with its call in place of x
     """
     solved = -1
 
-    def park(index: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if index <= solved:
-            return
+    def park(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = getcurrent()
-        assert isinstance(current, _Parked)
+        if index <= solved or not isinstance(current, _Parked):  # whoever solves a stage may call modules too
+            return
         assert current.parent is not None
-        observe(index, running.index(current), args[0])
+        observe(index, running.index(current), (args, kwargs) if stages[index].block else args[0])
         current.at = index
         current.parent.switch()
 
     running = [_Parked(forward) for _ in batches]
-    handles = [m.register_forward_pre_hook(partial(park, i)) for i, s in enumerate(stages) for m in s.modules]
+    hooked = [(module, partial(park, i)) for i, stage in enumerate(stages) for module in stage.modules]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooked]
     try:
         for one, batch in zip(running, batches, strict=True):
             _go_on(one, batch)

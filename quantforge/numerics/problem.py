@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantforge.numerics.formats import Format
 from quantforge.numerics.qtensor import QTensor
+from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import LowRank, Residual, Sparse
 
 
@@ -39,6 +40,7 @@ class Problem:
     hessian    [in, in] float32, symmetric: (2 / N) Σ x xᵀ over the N calibration tokens; None if none were collected
     magnitude  [in] float32: mean |x| over the calibration tokens; None if it was not collected
     drift      None if it was not collected
+    range      the range to round under, where it was trained; None leaves it to the solver
     """
 
     name: str
@@ -47,6 +49,7 @@ class Problem:
     hessian: Tensor | None = None
     magnitude: Tensor | None = None
     drift: Drift | None = None
+    range: Range | None = None
 
     def row_losses(self, approx: Tensor) -> Tensor:
         """Return the diagonal of (W − Ŵ) H (W − Ŵ)ᵀ → [out]; without a Hessian, H is the identity."""

@@ -69,7 +69,7 @@ class GPTQ:
         factor = inverse_factor(hessian, self.damp_percent, order, relative=self.damping == "relative")
         cost = torch.empty_like(diagonal)
         cost[slice(None) if order is None else order] = factor.u.diagonal() ** -2
-        chosen = fit(weight, fmt, self.range, cost)
+        chosen = problem.range or fit(weight, fmt, self.range, cost)
         solved = _round_in_order(weight, chosen, fmt, factor.u, order, self.block_size)
         usable = problem if bool(hessian.isfinite().all()) else Problem(problem.name, weight, fmt)
         best, kept = _keep_better_rows(usable, solved, [chosen, fit(weight, fmt)])

@@ -38,5 +38,5 @@ class RTN:
     def solve(self, problem: Problem) -> QWeight:
         """Round `problem.weight` [out, in] in `problem.format`."""
         importance = None if problem.hessian is None else problem.hessian.diagonal()
-        r = fit(problem.weight, problem.format, self.range, importance)
+        r = problem.range or fit(problem.weight, problem.format, self.range, importance)
         return QWeight(quantize(problem.weight, r, problem.format), {})

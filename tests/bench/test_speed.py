@@ -58,7 +58,7 @@ def test_whole_model(benchmark, demo, method, bits):
     model = load.model(source)
     plan = planning.make(model, recipe.load(method, bits=bits, group_size=64), source.dtype)
     before = gemm_rate()
-    needed = ids if plan.recipe.solver.needs else None
+    needed = ids if plan.needs else None
     result = benchmark.pedantic(
         lambda: api.run(model, plan, needed, tokenizer=None, source="", calibration={}), rounds=1
     )
@@ -72,6 +72,40 @@ def test_whole_model(benchmark, demo, method, bits):
     }
     if method == "gptq":
         benchmark.extra_info["efficiency"] = ARITHMETIC / ((before + after) / 2) / result.seconds
+
+
+@pytest.fixture(scope="module")
+def gptq_seconds(demo) -> float:
+    """Seconds of GPTQ at 3 bits, beside which the other methods are timed."""
+    return seconds_of(demo, "gptq", {"bits": 3})
+
+
+def seconds_of(demo, method: str, options: dict[str, object]) -> float:
+    source, ids = demo
+    model = load.model(source)
+    plan = planning.make(model, recipe.load(method, **options), source.dtype)
+    start = time.perf_counter()
+    pipeline.quantize(model, plan, ids if plan.needs else None)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("awq", {"bits": 3}),
+        ("spqr", {}),
+        ("gptq+lorc", {"bits": 3}),
+        ("gptaq", {"bits": 3}),
+        ("nf4", {}),
+        ("hqq", {"bits": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_methods_beside_gptq(benchmark, demo, gptq_seconds, method, options):
+    """Seconds of a method on the whole model, as a multiple of a GPTQ run in the same process."""
+    taken = []
+    benchmark.pedantic(lambda: taken.append(seconds_of(demo, method, options)), rounds=1)
+    benchmark.extra_info |= {"seconds": taken[0], "gptq_seconds": gptq_seconds, "ratio": taken[0] / gptq_seconds}
 
 
 @pytest.mark.parametrize("width", [576, 1536, 2048])

@@ -1,0 +1,1 @@
+"""Tuners: what is trained, block by block, under straight-through rounding."""
