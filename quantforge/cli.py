@@ -35,6 +35,8 @@ class Group(click.Group):
         """Run the command; ended by a signal, it still removes what it had only half written."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                if signal.getsignal(number) is signal.SIG_IGN:  # nohup
+                    continue
                 signal.signal(number, lambda got, frame: sys.exit(128 + got))
         try:
             return super().invoke(ctx)
@@ -307,7 +309,7 @@ def compare(
 ) -> None:
     """Quantize MODEL by several methods and widths, and report perplexity, KL, bits, bytes and time side by side."""
     widths = _list(bits)
-    if not all(w.isdigit() for w in widths):
+    if not all(w.isdecimal() for w in widths):
         raise RecipeError(211, f"--bits {bits!r} is not a list of whole numbers, such as 4,3.")
     import quantforge
     from quantforge import record, report

@@ -6,15 +6,16 @@ import datetime
 import functools
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantforge import api, exporters, pipeline, recipe, record, report
-from quantforge.errors import PlanError, RecipeError, pick
+from quantforge.errors import PlanError, RecipeError, ResourceError, pick
 from quantforge.evaluation import perplexity
 from quantforge.evaluation.perplexity import Reference, Score
 from quantforge.exporters.compressed_tensors import CompressedTensors
@@ -23,12 +24,12 @@ from quantforge.memory import in_use
 from quantforge.models import arch
 from quantforge.models import load as loading
 from quantforge.pipeline import Layer
-from quantforge.plan import check_export, make
+from quantforge.plan import Plan, check_export, make
 from quantforge.progress import bar
 from quantforge.recipe import Recipe
 from quantforge.record import LayerRow, Report, Run
 from quantforge.result import Result
-from quantforge.store import check_target, check_writable
+from quantforge.store import check_target, check_writable, write_text
 
 PROTOCOL = (
     "perplexity = exp of the mean over non-overlapping windows, from the start of the text, of the mean cross-entropy "
@@ -91,6 +92,22 @@ def compare(
     runs = [_float_run(score, skeleton, source)]
     originals = _originals(built, plans.values())
     before = in_use(device)
+
+    def so_far() -> Report:
+        return Report(
+            schema=record.SCHEMA,
+            model=source.name,
+            model_notes=source.notes,
+            calibration=calib_from,
+            evaluation=data_from,
+            protocol=PROTOCOL,
+            machine=record.machine(),
+            versions=record.versions(),
+            command=command,
+            created=datetime.date.today().isoformat(),
+            runs=tuple(runs),
+        )
+
     for label, plan in plans.items():
         _restore(built, originals)
         needed = calib if plan.needs else None
@@ -102,19 +119,9 @@ def compare(
             result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib)))
         runs.append(_score(label, result, ids, reference, None if keep is None else Path(keep)))
         del result  # its codes would count as the next run's memory
-    found = Report(
-        schema=record.SCHEMA,
-        model=source.name,
-        model_notes=source.notes,
-        calibration=calib_from,
-        evaluation=data_from,
-        protocol=PROTOCOL,
-        machine=record.machine(),
-        versions=record.versions(),
-        command=command,
-        created=datetime.date.today().isoformat(),
-        runs=tuple(runs),
-    )
+        if out is not None:  # what is done is not lost, whatever becomes of the runs to come
+            write_text(Path(out) / "report.json", record.to_json(so_far()))
+    found = so_far()
     if out is not None:
         report.write(found, Path(out))
     return found
@@ -134,6 +141,8 @@ def _recipes(
     recipes: dict[str, Recipe] = {}
     unused = set(settings)
     for name in (m for m in methods if m in recipe.suites()):
+        if group_size is not None or symmetric is not None or overrides:
+            raise RecipeError(221, f"the suite {name!r} brings its own formats; leave --group-size and the like out.")
         recipes |= {wish.label: wish.recipe() for wish in recipe.suite(name)}
     for width in bits:
         for method in methods:
@@ -153,12 +162,20 @@ def _recipes(
     return recipes
 
 
-def _originals(model: nn.Module, plans: Any) -> dict[str, Tensor]:
-    """Keep the weights that any plan will overwrite, in the checkpoint's dtype, which holds them exactly."""
+def _originals(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:
+    """Keep copies of the parameters that any plan will overwrite, by name.
+
+    Quantized layers are kept in the checkpoint's dtype, which holds them exactly. Where a plan rescales the model
+    first, so is all else that scales can reach: norms, biases, routers; embeddings they cannot.
+    """
+    plans = list(plans)
+    layers = {f"{name}.weight": plan.dtype for plan in plans for name in plan.layers}
+    fixed = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}  # type: ignore[operator]
+    rescaled = any(plan.recipe.transforms for plan in plans)
     return {
-        name: arch.get_weight(model.get_submodule(name)).to(plan.dtype, copy=True)
-        for plan in plans
-        for name in plan.layers
+        name: p.detach().to(layers.get(name, p.dtype), copy=True)
+        for name, p in model.named_parameters()
+        if name in layers or (rescaled and id(p) not in fixed)
     }
 
 
@@ -172,8 +189,10 @@ def _check_report_folder(out: Path, model: Path) -> None:
 
 
 def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
-    for name, weight in originals.items():
-        arch.set_weight(model.get_submodule(name), weight.float())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in originals:
+                parameter.copy_(originals[name])
 
 
 def _float_run(score: Score, skeleton: nn.Module, source: loading.Source) -> Run:
@@ -242,7 +261,12 @@ def _save(label: str, result: Result, keep: Path | None) -> tuple[int | None, st
     if isinstance(exporter, Native):
         notes.append("quantforge's own container, which quantforge.load reads")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = result.save((keep or Path(scratch)) / label)
+        try:
+            folder = result.save((keep or Path(scratch)) / label)
+        except ResourceError as error:
+            if keep is not None:
+                raise
+            return None, f"not saved: {error}"
         return sum(f.stat().st_size for f in folder.rglob("*.safetensors")), "; ".join(notes)
 
 

@@ -64,6 +64,7 @@ class Plan:
     kept    parameters that stay as they are: (count, bytes in the checkpoint's dtype)
     dtype   the checkpoint's dtype, in which scales are stored
     notes   what the user should know
+    floats  names of the layers of the decoder blocks that stay in float
     """
 
     recipe: Recipe
@@ -72,12 +73,14 @@ class Plan:
     kept: tuple[int, int]
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
 
     @property
     def needs(self) -> frozenset[str]:
         """Return the statistics that any of its parts wants; empty if it needs no data."""
         parts = [need for p in self.layers.values() for need in p.needs]
-        return frozenset(parts) | {need for t in (*self.recipe.transforms, *self.recipe.tuners) for need in t.needs}
+        parts += [need for t in self.recipe.transforms for need in t.needs]
+        return frozenset(parts + [need for t in self.recipe.tuners for need in t.needs])
 
     @property
     def bits_per_weight(self) -> float:
@@ -157,7 +160,8 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     _refuse_tied(model, stages)
     kept = sum(p.numel() for p in rest)
     notes = (note,) if note else ()
-    return Plan(recipe, tuple(s.names for s in stages), layers, (kept, kept * dtype.itemsize), dtype, notes)
+    floats = tuple(name for stage in found for name in stage.names if name not in layers)
+    return Plan(recipe, tuple(s.names for s in stages), layers, (kept, kept * dtype.itemsize), dtype, notes, floats)
 
 
 def check_export(plan: Plan, exporter: Exporter) -> None:
@@ -212,7 +216,8 @@ def _refuse_unfit(layers: dict[str, LayerPlan], tuners: Sequence[Tuner]) -> None
     for p in layers.values():
         reasons = [
             p.solver.refuses(p.shape, p.format),
-            *(c.refuses(p.shape, p.format) for c in (*tuners, *p.corrections)),
+            *(t.refuses(p.shape, p.format) for t in tuners),
+            *(c.refuses(p.shape, p.format) for c in p.corrections),
         ]
         for reason in filter(None, reasons):
             raise PlanError(256, f"{p.name}: {reason}")

@@ -53,7 +53,7 @@ class Recipe:
     @property
     def needs(self) -> tuple[str, ...]:
         """Return the statistics that any part of it, or of its overrides, wants collected."""
-        parts: list[Any] = [self.solver, *self.transforms, *self.tuners, *self.corrections]
+        parts = [part for _, part in self.parts()]
         parts += [other for _, other in self.overrides if other is not None]
         return tuple(sorted({need for part in parts for need in part.needs}))
 
@@ -62,13 +62,16 @@ class Recipe:
         """Return the method and its format in one word."""
         return f"{self.name}-{self.weights.short}"
 
+    def parts(self) -> list[tuple[str, Any]]:
+        """Return every part with its kind, which is the prefix that `--set` knows it by."""
+        many = {"transform": self.transforms, "tuner": self.tuners, "correction": self.corrections}
+        return [("solver", self.solver), *((kind, part) for kind, parts in many.items() for part in parts)]
+
     def options(self) -> dict[str, dict[str, Any]]:
-        """Return the options of every part, by the prefix that `--set` knows it by."""
-        found = {"solver": _values(self.solver)}
-        for prefix, parts in (("transform", self.transforms), ("tuner", self.tuners), ("correction", self.corrections)):
-            values = {key: value for part in parts for key, value in _values(part).items()}
-            if parts:
-                found[prefix] = values
+        """Return the options of every part, by kind."""
+        found: dict[str, dict[str, Any]] = {}
+        for kind, part in self.parts():
+            found.setdefault(kind, {}).update(_values(part))
         return found
 
 
@@ -295,15 +298,9 @@ def catalogue() -> list[dict[str, Any]]:
     found = []
     for name in names():
         chosen = load(name)
-        parts = [
-            ("solver", chosen.solver),
-            *(("transform", t) for t in chosen.transforms),
-            *(("tuner", t) for t in chosen.tuners),
-        ]
-        parts += [("correction", c) for c in chosen.corrections]
         options = {
             f"{kind}.{f.name}": (str(f.type), getattr(part, f.name))
-            for kind, part in parts
+            for kind, part in chosen.parts()
             for f in fields(part)  # type: ignore[arg-type]
         }
         found.append(

@@ -201,3 +201,32 @@ def test_peak_memory_does_not_depend_on_the_order_of_the_runs(shared, monkeypatc
     quantforge.compare(TINY, methods=["gptq", "rtn"], bits=[4, 3], **shared)
     assert len(counted) == 4
     assert len(set(counted)) == 1
+
+
+def test_a_method_that_rescales_the_model_leaves_no_trace_for_the_next(shared):
+    alone = quantforge.compare(TINY, methods=["gptq"], bits=[3], **shared)
+    after = quantforge.compare(TINY, methods=["awq", "gptq"], bits=[3], **shared)
+    (expected,) = (r for r in alone.runs if r.method == "gptq")
+    (found,) = (r for r in after.runs if r.method == "gptq")
+    assert (found.perplexity, found.kl) == (expected.perplexity, expected.kl)
+    assert [row.loss for row in found.layers] == [row.loss for row in expected.layers]
+
+
+def test_what_is_done_is_not_lost_when_a_later_run_fails(shared, tmp_path, monkeypatch):
+    run = api.run
+
+    def fail(model, plan, *args, **kwargs):
+        if plan.recipe.name == "gptq":
+            raise KeyError("a bug in the second run")
+        return run(model, plan, *args, **kwargs)
+
+    monkeypatch.setattr(api, "run", fail)
+    with pytest.raises(KeyError):
+        quantforge.compare(TINY, methods=["rtn", "gptq"], bits=[3], out=tmp_path / "report", **shared)
+    saved = record.from_json((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert [r.method for r in saved.runs] == ["fp", "rtn"]
+
+
+def test_a_suite_with_options_of_its_own_formats_is_refused():
+    with pytest.raises(RecipeError, match=r"QF-221.*'weights-3bit'"):
+        quantforge.compare(TINY, methods=["weights-3bit"], group_size=32)

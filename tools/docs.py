@@ -32,6 +32,7 @@ STATISTICS = {
     "hessian": "second moments of each layer's inputs",
     "magnitude": "mean size of each input channel",
     "drift": "how far each layer's inputs have moved from the float model's",
+    "blocks": "the calls of every decoder block",
 }
 
 
@@ -79,8 +80,7 @@ These pages are made by `make docs` from the code and the committed reports.
 def method_page(name: str, report: Report | None) -> str:
     """Return the page of one method."""
     chosen = recipe.load(name)
-    parts = [("solver", chosen.solver), *(("transform", t) for t in chosen.transforms)]
-    parts += [("correction", c) for c in chosen.corrections]
+    parts = chosen.parts()
     data = "; ".join(STATISTICS[need] for need in chosen.needs)
     calib = " --calib my-text.txt" if data else ""
     sections = [

@@ -19,7 +19,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from quantforge.errors import ModelError, PlanError
+from quantforge.errors import ModelError
 from quantforge.models import moe
 from quantforge.numerics.blocks import Flat, counts
 from quantforge.numerics.formats import SCALE_DTYPES, Format
@@ -88,16 +88,7 @@ class CompressedTensors:
         """Return the `quantization_config`, in keys that every reader of the format has long known.
 
         linears  names of all nn.Linear modules of the model; those that the plan leaves alone are listed as ignored
-
-        Raises PlanError for experts that are left alone, which stock loaders would lose.
         """
-        floats = [name for name in linears if moe.expert_of(name) and name not in plan.layers]
-        if floats:
-            raise PlanError(
-                253,
-                f"stock loaders lose experts that are not quantized, such as {floats[0]} (with {len(floats) - 1} "
-                "more); quantize all experts, or keep the result in memory.",
-            )
         by_format: dict[Format, list[str]] = {}
         for p in plan.layers.values():
             by_format.setdefault(p.format, []).append(p.name)
@@ -157,6 +148,12 @@ def _refuses_experts(plan: Plan) -> str | None:
     """Return why stock loaders, which put the experts of a block together as they read, could not read `plan`."""
     experts = [p for p in plan.layers.values() if moe.expert_of(p.name)]
     others = f"(with {len(experts) - 1} more)"
+    floats = [name for name in plan.floats if moe.expert_of(name)]
+    if floats:
+        return (
+            f"stock loaders lose experts that are not quantized, such as {floats[0]} (with {len(floats) - 1} more); "
+            "quantize all experts, or keep the result in memory."
+        )
     if any(not p.format.symmetric for p in experts):
         return f"stock loaders drop the zero points of experts, such as {experts[0].name} {others}; --symmetric works."
     if any(p.corrections for p in experts):

@@ -12,6 +12,8 @@ from quantforge.errors import ModelError
 from quantforge.models import moe
 from quantforge.models.walk import Stage
 
+_DRY_TOKENS = 16  # of the forward that shows in which order layers are called
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -63,8 +65,9 @@ def find_stages(model: nn.Module) -> tuple[list[Stage], str]:
     """Return the stages of every block of `model`, in the order of its forward, and a note ("" when there is none).
 
     An architecture that the table lacks is walked: every linear layer of its decoder blocks is a stage of its own, in
-    the order of definition, and the note says so. Fused experts are taken apart first (`moe.unfuse`), so that each
-    of their layers is one. ModelError if no decoder blocks are found.
+    the order in which a short forward calls them (on the meta device, where nothing can run: of definition), and the
+    note says so, and which experts it could not take. The table's fused experts are taken apart first (`moe.unfuse`),
+    so that each of their layers is one. ModelError if no decoder blocks are found.
     """
     moe.unfuse(model)
     kind = getattr(model.config, "model_type", "")
@@ -76,14 +79,64 @@ def find_stages(model: nn.Module) -> tuple[list[Stage], str]:
                 full = tuple(f"{arch.blocks}.{i}.{name}" for name in names)
                 stages.append(Stage(full, tuple(model.get_submodule(name) for name in full)))
         return stages, ""
-    path = _longest_list(model)
-    for name, module in model.get_submodule(path).named_modules(prefix=path):
-        if is_linear(module):
-            stages.append(Stage((name,), (module,)))
-    if not stages:
+    path = _block_list(model)
+    found = {n: m for n, m in model.get_submodule(path).named_modules(prefix=path) if is_linear(m)}
+    if not found:
         what = kind or type(model).__name__
         raise ModelError(330, f"{what} has no linear layers in {path}, so there is nothing to quantize.")
-    return stages, f"architecture {kind!r} is not in the table: the linear layers of {path} are taken one by one"
+    note = f"architecture {kind!r} is not in the table: the linear layers of {path} are taken one by one"
+    return [Stage((n,), (found[n],)) for n in _in_order(model, found)], note + _left_in_float(model, path)
+
+
+def _in_order(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    """Return the names of `layers`, given in the order of definition, in the order of the forward.
+
+    A layer that the short forward does not call, such as an expert without tokens, follows the one defined before it:
+    batches that do call it must not wait for it behind layers that they have yet to reach.
+    """
+    called = _first_calls(model, layers)
+    keys, last = {}, -1
+    for i, name in enumerate(layers):
+        last = called.get(name, last)
+        keys[name] = (last, i)
+    return sorted(layers, key=keys.__getitem__)
+
+
+def _first_calls(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, int]:
+    """Run `model` on a few tokens; return each called layer's place in the order of first calls.
+
+    Empty for a model without weights. Random states stay as they were.
+    """
+    device = next(model.parameters()).device
+    if any(p.is_meta for p in model.parameters()):
+        return {}
+    places: dict[str, int] = {}
+
+    def note(name: str) -> None:
+        places.setdefault(name, len(places))
+
+    ids = torch.arange(_DRY_TOKENS, device=device)[None] % model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    handles = [m.register_forward_pre_hook(lambda m, args, n=name: note(n)) for name, m in layers.items()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
+    except Exception:  # whatever it is, calibration will meet and tell it, and methods without data need no forward
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return places
+
+
+def _left_in_float(model: nn.Module, path: str) -> str:
+    """Return what the note has to say about fused experts, whose 3-D parameters are no linear layers."""
+    count, places = 0, dict[str, None]()
+    for name, module in model.get_submodule(path).named_modules():
+        fused = [p.numel() for p in module.parameters(recurse=False) if p.dim() == 3]
+        if fused and not isinstance(module, nn.Conv1d):
+            count += sum(fused)
+            places[name.split(".", 1)[-1]] = None
+    return f"; {count:,} parameters of fused experts in {', '.join(places)} stay in float" if count else ""
 
 
 def _children(model: nn.Module, path: str) -> nn.ModuleList:
@@ -92,13 +145,24 @@ def _children(model: nn.Module, path: str) -> nn.ModuleList:
     return blocks
 
 
-def _longest_list(model: nn.Module) -> str:
-    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+def _block_list(model: nn.Module) -> str:
+    """Return the path of the list of decoder blocks.
+
+    The first of these to tell lists apart: it has linear layers; as many entries as the config says there are blocks;
+    it lies in no other list, as experts do; it is the longest; it is the shallowest.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if not lists:
         kind = getattr(model.config, "model_type", type(model).__name__)
         raise ModelError(331, f"no decoder blocks were found in architecture {kind!r}; known are {', '.join(TABLE)}.")
-    longest: str = max(sorted(lists), key=lists.__getitem__)
-    return longest
+    blocks = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr, operator]
+
+    def rank(name: str) -> tuple[bool, bool, bool, int, int]:
+        found = lists[name]
+        inner = any(name.startswith(f"{other}.") for other in lists)
+        return any(map(is_linear, found.modules())), len(found) == blocks, not inner, len(found), -name.count(".")
+
+    return max(sorted(lists), key=rank)
 
 
 def block_index(name: str) -> int | None:
