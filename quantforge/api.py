@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quantforge import checkpoint, exporters, pipeline, recipe
 from quantforge import plan as planning
@@ -33,7 +34,7 @@ def quantize(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
-    calibration: str | Tensor = "python-docs",
+    calibration: str | Path | Tensor = "python-docs",
     samples: int = 64,
     seq_len: int = 512,
     shuffle: bool = False,
@@ -49,6 +50,7 @@ def quantize(
     """Quantize a model, and save it if `out` is given.
 
     model        a folder, a hub id, None for the demo model, or a model in memory, which is changed in place
+                 (one in float64 is stored as float32)
     method       a name from `quantforge methods`
     bits         2 to 8; group_size: weights sharing a scale, -1 for a whole row; symmetric: no zero points;
                  None keeps the method's own
@@ -65,17 +67,24 @@ def quantize(
         method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings, overrides=overrides
     )
     loading.check_device(device)
-    if isinstance(calibration, str):
-        corpus.check_name(calibration, "calibration")
+    calibration = _checked(calibration, "calibration")
     target = None if out is None else Path(out)
     draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed)
     ids, provenance = None, dict[str, Any]()
     if isinstance(model, nn.Module):
+        if target is not None and not isinstance(model, PreTrainedModel):
+            raise PlanError(
+                270,
+                f"a {type(model).__name__} is no transformers model, so no checkpoint can be made of it; without "
+                "out= it is quantized in memory.",
+            )
         if target is not None:
             check_target(target, overwrite=overwrite)
-        plan = planning.make(model, chosen, next(model.parameters()).dtype)
+        own = next(model.parameters()).dtype
+        plan = planning.make(model, chosen, torch.float32 if own == torch.float64 else own)
         if target is not None:
             planning.check_export(plan, exporters.choose(plan))
+        check.check_finite(model)
         if plan.needs:
             ids, provenance = draw(tokenizer=tokenizer, config=model.config, seq_len=seq_len, count=samples)
         name, built = type(model).__name__, model
@@ -134,7 +143,7 @@ def run(
 
 
 def token_ids(
-    text: str | Tensor,
+    text: str | Path | Tensor,
     part: Literal["calibration", "evaluation"],
     *,
     tokenizer: Any,
@@ -158,13 +167,21 @@ def token_ids(
         check_length(config, text.shape[1])
         ids, provenance = text, {"name": "token ids", "seq_len": text.shape[1], "count": text.shape[0]}
     elif tokenizer is None:
-        raise DataError(442, f"text {text!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
+        raise DataError(442, f"text {str(text)!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
     else:
         check_length(config, seq_len)
-        found = corpus.windows(corpus.load_text(text, part), tokenizer, seq_len, count, shuffle=shuffle, seed=seed)
+        found = corpus.windows(corpus.load_text(str(text), part), tokenizer, seq_len, count, shuffle=shuffle, seed=seed)
         ids, provenance = found.ids, found.provenance
     check.check_ids(ids, tokenizer, config)
     return ids, provenance
+
+
+def _checked(text: str | Path | Tensor, part: Literal["calibration", "evaluation"]) -> str | Tensor:
+    """Return `text` as a name, or token ids as they are; DataError unless the name is a set or a file."""
+    if isinstance(text, Tensor):
+        return text
+    corpus.check_name(str(text), part)
+    return str(text)
 
 
 def check_length(config: Any, seq_len: int) -> None:
@@ -197,7 +214,7 @@ class Evaluation:
 def evaluate(
     model: str | Path | nn.Module | None = None,
     *,
-    data: str | Tensor = "python-docs",
+    data: str | Path | Tensor = "python-docs",
     seq_len: int = 512,
     windows: int | None = 48,
     device: str = "cpu",
@@ -211,22 +228,29 @@ def evaluate(
     windows  how many non-overlapping windows from the start; None takes all
     """
     loading.check_device(device)
+    data = _checked(data, "evaluation")
+    build: Callable[[], nn.Module]
     if isinstance(model, nn.Module):
-        name, built = type(model).__name__, model
+        name, config, build = type(model).__name__, model.config, lambda: model
     elif model is not None and checkpoint.is_quantized(Path(model)):
-        name, built = clean(Path(model).name), checkpoint.read(Path(model), torch.float32).to(device)
-        tokenizer = tokenizer or loading.read_tokenizer(Path(model))
+        folder = Path(model)
+        name, config = clean(folder.name), checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer or loading.read_tokenizer(folder, trust_remote_code=trust_remote_code)
+        build = functools.partial(_dequantized, folder, device, trust_remote_code)
     else:
         source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
         source.skeleton()
         tokenizer = tokenizer or loading.tokenizer(source)
-        name, built = source.name, None
-    config = source.config if built is None else built.config
+        name, config, build = source.name, source.config, functools.partial(loading.model, source, device)
     ids, provenance = token_ids(data, "evaluation", tokenizer=tokenizer, config=config, seq_len=seq_len, count=windows)
-    built = loading.model(source, device) if built is None else built
+    built = build()
     with bar("perplexity", len(ids)) as step:
         score = perplexity.evaluate(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
     return Evaluation(score.perplexity, name, provenance)
+
+
+def _dequantized(folder: Path, device: str, trusted: bool) -> nn.Module:
+    return checkpoint.read(folder, torch.float32, trust_remote_code=trusted).to(device)
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,9 @@ from quantforge import registry
 from quantforge.errors import ModelError, clean
 from quantforge.exporters import native, peft
 from quantforge.models import check, load, moe
+from quantforge.models.folder import MAX_CONFIG, contained
+from quantforge.models.headers import MAX_HEADER, read_json
+from quantforge.numerics.problem import QWeight
 from quantforge.protocols import Exporter
 from quantforge.store import MARK
 
@@ -27,21 +30,22 @@ def is_quantized(folder: Path) -> bool:
     if os.path.isfile(folder / MARK):
         return True
     try:
-        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, TypeError):
+        config = read_json(contained(folder, "config.json", ".json"), MAX_CONFIG)
+    except (ModelError, ValueError):  # ValueError: a name that no file could have
         return False
+    return config.get("quantization_config") is not None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Return what `save` wrote about how the checkpoint was made; ModelError if there is nothing or it is damaged."""
     file = folder / MARK
+    if not os.path.lexists(file):
+        raise ModelError(350, f"{folder} has no {MARK}, so it was not written by quantforge.")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(350, f"{folder} has no {MARK}, so it was not written by quantforge.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(351, f"{file} cannot be read ({error}).") from error
-    if not isinstance(record, dict) or record.get("schema") != 1:
+        record = read_json(contained(folder, MARK, ".json"), MAX_HEADER)
+    except ModelError as error:
+        raise ModelError(351, f"{file} cannot be read ({error.args[0].rstrip('.')}).") from error
+    if record.get("schema") != 1:
         raise ModelError(352, f"{file} is not of schema 1, the one that this version reads.")
     return record
 
@@ -61,8 +65,9 @@ def _table(record: dict[str, Any]) -> str:
     lines = [f"{'layer':{width}}  {'out x in':>13}  {'format':22}  bits/weight  loss (share of output)"]
     for name, row in zip(names, rows, strict=True):
         shape = f"{row['shape'][0]}x{row['shape'][1]}"
-        loss = f"{row['loss']:.4g} ({row['relative_loss']:.3%})"
-        lines.append(f"{name:{width}}  {shape:>13}  {clean(row['format']):22}  {row['bits_per_weight']:11.3f}  {loss}")
+        loss, share = (math.nan if row[key] is None else row[key] for key in ("loss", "relative_loss"))
+        bits = f"{row['bits_per_weight']:11.3f}"
+        lines.append(f"{name:{width}}  {shape:>13}  {clean(row['format']):22}  {bits}  {loss:.4g} ({share:.3%})")
     lines.append(
         f"{clean(record['source'])} by {clean(record['method'])}: {len(rows)} layers at "
         f"{record['bits_per_weight']:.3f} bits per weight, "
@@ -79,36 +84,57 @@ def _exporter(quantization: dict[str, Any]) -> Exporter:
     return found
 
 
-def read(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of a checkpoint whose files have been checked; no weight is read.
+
+    It says nothing of the quantization. Raises ModelError for a damaged or foreign checkpoint.
+    """
+    return _settings(folder, trust_remote_code)[2]
+
+
+def _settings(folder: Path, trusted: bool) -> tuple[check.Folder, dict[str, Any], Any]:
+    """Return the checked folder, its `quantization_config` and the transformers config without it."""
+    found = check.read_folder(folder, trust_remote_code=trusted, quantized=True)
+    config = dict(found.config)
+    quantization = config.pop("quantization_config", None)
+    if not isinstance(quantization, dict):
+        raise ModelError(353, f"{folder} is not a quantized checkpoint: its config.json has no quantization_config.")
+    settings = load.make_config(folder, config, trust_remote_code=trusted)
+    if hasattr(settings, "quantization_config"):  # a config of the folder's own code read it again
+        del settings.quantization_config
+    return found, quantization, settings
+
+
+def _correct(folder: Path, layers: dict[str, QWeight]) -> None:
+    """Put the factors of the checkpoint's adapter, if it has one, on the layers they belong to."""
+    if not (folder / peft.FOLDER).is_dir():
+        return
+    for name, factors in peft.read(folder / peft.FOLDER).items():
+        a, b = factors.factors()
+        if name not in layers or (a.shape[0], b.shape[1]) != tuple(layers[name].base.shape):
+            raise ModelError(356, f"{folder / peft.FOLDER} corrects {name}, which is no such layer of the model.")
+        layers[name] = replace(layers[name], residuals=(*layers[name].residuals, factors))
+
+
+def read(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> nn.Module:
     """Return the model of a quantized checkpoint, its weights dequantized in `dtype` (default: the checkpoint's).
 
     The same numbers as stock transformers computes from the folder, in the same dtype. Raises ModelError for a damaged
     or foreign checkpoint.
     """
-    found = check.read_folder(folder, quantized=True)
-    config = dict(found.config)
-    quantization = config.pop("quantization_config", None)
-    if not isinstance(quantization, dict):
-        raise ModelError(353, f"{folder} is not a quantized checkpoint: its config.json has no quantization_config.")
+    found, quantization, settings = _settings(folder, trust_remote_code)
+    config = found.config
     tensors = moe.as_in_model(config.get("model_type"), load.read_tensors(found))
     layers = _exporter(quantization).read(quantization, tensors)
-    if (folder / peft.FOLDER).is_dir():
-        for name, factors in peft.read(folder / peft.FOLDER).items():
-            if (
-                name not in layers
-                or factors.onto(torch.zeros(layers[name].base.shape)).shape != layers[name].base.shape
-            ):
-                raise ModelError(356, f"{folder / peft.FOLDER} corrects {name}, which is no such layer of the model.")
-            layers[name] = replace(layers[name], residuals=(*layers[name].residuals, factors))
+    _correct(folder, layers)
     # scales in float32 may outweigh the floats of the model, so the config knows better than the tensors
     own = _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), load.DTYPES[found.dtype])
     dtype = dtype or own
     for name, weight in layers.items():
         tensors[f"{name}.weight"] = weight.dequantize(dtype)
-    settings = load.make_config(folder, config)
     with load.quiet():
         with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(settings))
+            kind = type(AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code))
         model, info = kind.from_pretrained(
             None,
             config=settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -154,9 +155,11 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
     for index in walk(_body(model), batches, stages, observe):
         if index in gathered:
             names = [name for name in folds[index].consumers if name in plan.layers]
-            weight = torch.cat([arch.get_weight(model.get_submodule(name)) for name in names])
+            fields = gathered.pop(index).fields()
+            weights = [arch.get_weight(model.get_submodule(name)) for name in names]
+            weight = torch.cat([_balanced(w, fields["hessian"]) for w in weights])
             fmt = plan.layers[names[0]].format
-            problem = Problem(" + ".join(names), weight, fmt, **gathered.pop(index).fields())
+            problem = Problem(" + ".join(names), weight, fmt, **fields)
             chosen.append((folds[index], transform.scales(problem, folds[index].tie)))
     for group, scales in chosen:
         group.apply(model, scales, plan.dtype)
@@ -164,6 +167,12 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
     for name in touched - set(plan.layers):  # what stays in float is computed with as it will be saved
         module = model.get_submodule(name)
         arch.set_weight(module, arch.get_weight(module).to(plan.dtype))
+
+
+def _balanced(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Scale `weight` by a power of two to an output energy of about 1, so that every consumer's error counts alike."""
+    energy = float(((weight @ hessian) * weight).double().sum())
+    return weight * 2.0 ** -round(math.log2(energy) / 2) if energy > 0 else weight
 
 
 def _tune(stage: Stage, plan: Plan, calls: list[Call]) -> dict[str, Range]:

@@ -214,6 +214,10 @@ def matches(name: str, pattern: str) -> bool:
 def _refuse_unfit(layers: dict[str, LayerPlan], tuners: Sequence[Tuner]) -> None:
     """Ask every layer's solver and corrections whether they can do with its shape and format."""
     for p in layers.values():
+        if tuners and not p.solver.takes_ranges:
+            raise PlanError(
+                257, f"{p.name}: its solver finds its own ranges, so none can be trained; rtn and gptq take them."
+            )
         reasons = [
             p.solver.refuses(p.shape, p.format),
             *(t.refuses(p.shape, p.format) for t in tuners),

@@ -37,6 +37,10 @@ class Solver(Protocol):
     def extends_format(self) -> bool:
         """Tell whether results may hold more than the format says: single weights in float, a table of their own."""
 
+    @property
+    def takes_ranges(self) -> bool:
+        """Tell whether it rounds under `problem.range` where there is one."""
+
     def refuses(self, shape: Shape, fmt: Format) -> str | None:
         """Return why a layer of `shape` (out, in) cannot be solved in `fmt`, and what could; None if it can."""
 

@@ -301,7 +301,7 @@ def catalogue() -> list[dict[str, Any]]:
         options = {
             f"{kind}.{f.name}": (str(f.type), getattr(part, f.name))
             for kind, part in chosen.parts()
-            for f in fields(part)  # type: ignore[arg-type]
+            for f in fields(part)
         }
         found.append(
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Result:
         return folder
 
     def record(self) -> dict[str, Any]:
-        """Return everything but the tensors, as plain JSON values."""
+        """Return everything but the tensors, as plain JSON values; a loss that is not finite is None."""
         recipe = self.plan.recipe
         return {
             "schema": 1,
@@ -85,6 +86,7 @@ class Result:
             "format": str(recipe.weights.with_scale(self.plan.dtype)),
             "solver": repr(recipe.solver),
             "transforms": [repr(t) for t in recipe.transforms],
+            "tuners": [repr(t) for t in recipe.tuners],
             "corrections": [repr(c) for c in recipe.corrections],
             "bits_per_weight": self.bits_per_weight,
             "bytes_before": self.plan.bytes_before,
@@ -99,10 +101,10 @@ class Result:
                     "shape": list(layer.weight.base.shape),
                     "format": str(layer.weight.base.format),
                     "bits_per_weight": layer.weight.nbits / layer.weight.base.codes.numel(),
-                    "loss": layer.loss,
-                    "relative_loss": layer.relative_loss,
+                    "loss": _finite(layer.loss),
+                    "relative_loss": _finite(layer.relative_loss),
                     "tokens": layer.tokens,
-                    **layer.weight.notes,
+                    **{key: _finite(value) for key, value in layer.weight.notes.items()},
                 }
                 for layer in self.layers
             ],
@@ -146,19 +148,25 @@ class Result:
         return list(found.values())
 
 
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Copy tensors to the CPU, floats in `dtype`; those that share memory share it again, so that ties are seen."""
-    copies: dict[int, Tensor] = {}
+    copies: dict[tuple[object, ...], Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
-        if tensor.data_ptr() not in copies:
-            copies[tensor.data_ptr()] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
-        result[name] = copies[tensor.data_ptr()]
+        # where the memory begins is not enough: views of it differ in shape, and all empty tensors begin at 0
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        result[name] = copies[key]
     return result
 
 
 def _write(result: Result, exporter: Exporter, staging: Path) -> None:
-    """Write weights, configs, tokenizer and the record into `staging`; what is not quantized stays in its own dtype."""
+    """Write weights, configs, tokenizer and the record into `staging`; floats in the plan's dtype."""
     model, dtype = result.model, result.plan.dtype
     assert isinstance(model, PreTrainedModel)
     tensors = _in_dtype(model.state_dict(), dtype)

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from quantforge.errors import PlanError, ResourceError
 
 MARK = "quantforge.json"
@@ -23,7 +25,7 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
     """Refuse, before any work, an output folder that exists, would destroy an input, or cannot be written.
 
     With `overwrite` a folder is replaced only if it is empty or holds nothing but what quantforge wrote.
-    Raises PlanError, or ResourceError if the place cannot be written to.
+    Raises PlanError, or ResourceError if the place cannot be read or written to.
     """
     target = out.resolve()
     for source in (p.resolve() for p in inputs):
@@ -35,25 +37,49 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             raise PlanError(
                 261, f"--out {out} contains the input {source}, which would be lost; choose another folder."
             )
+    if _holds_current(target) or os.path.ismount(target):
+        raise PlanError(
+            269, f"--out {out} is a mount point, or is or holds the current folder; name a new folder inside it."
+        )
     longest = os.pathconf("/", "PC_NAME_MAX")
     if len(os.fsencode(out.name)) > longest:
         raise PlanError(265, f"the last part of --out is longer than the {longest} bytes that a file name may have.")
-    if os.path.lexists(out):
+    place = _place(out)
+    if os.path.lexists(place):
         if not overwrite:
             raise PlanError(262, f"--out {out} exists; choose another folder, or give --overwrite to replace it.")
-        if not out.is_dir() or out.is_symlink():
-            raise PlanError(
-                263, f"--out {out} is not a folder, and only a folder is ever replaced; remove it yourself."
-            )
-        if any(out.iterdir()) and not (out / MARK).is_file():
-            raise PlanError(264, f"--out {out} was not written by quantforge (no {MARK} in it); it is left alone.")
-        strangers = sorted({p.name for p in out.iterdir()} - _written(out))
-        if strangers:
-            raise PlanError(
-                268,
-                f"--out {out} also holds {strangers[0]!r}, which quantforge did not write; move it away first.",
-            )
-    check_writable(out.parent)
+        try:
+            _check_ours(out, place)
+        except OSError as error:
+            raise ResourceError(514, f"--out {out} cannot be read: {error.strerror or error}.") from error
+    check_writable(place.parent)
+
+
+def _check_ours(out: Path, place: Path) -> None:
+    """Raise PlanError unless `place`, which the user calls `out`, is a folder of nothing but what we wrote."""
+    if not place.is_dir() or place.is_symlink():
+        raise PlanError(263, f"--out {out} is not a folder, and only a folder is ever replaced; remove it yourself.")
+    names = {p.name for p in place.iterdir()}
+    if names and not (place / MARK).is_file():
+        raise PlanError(264, f"--out {out} was not written by quantforge (no {MARK} in it); it is left alone.")
+    strangers = sorted(names - _written(place))
+    if strangers:
+        raise PlanError(
+            268, f"--out {out} also holds {strangers[0]!r}, which quantforge did not write; move it away first."
+        )
+
+
+def _place(out: Path) -> Path:
+    """Return `out` as an absolute path; a link is followed unless it is the last part."""
+    return out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+
+
+def _holds_current(target: Path) -> bool:
+    """Tell whether the absolute path `target` is the current folder or one of its parents."""
+    try:
+        return Path.cwd().resolve().is_relative_to(target)
+    except OSError:  # the current folder is gone
+        return False
 
 
 def _written(out: Path) -> set[str]:
@@ -84,6 +110,7 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     gives to new files. ResourceError if the disk is full or fails.
     """
     try:
+        out = _place(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         # not named after `out`, whose name may already be as long as the file system allows
         staging = Path(tempfile.mkdtemp(prefix=".quantforge.", suffix=".tmp", dir=out.parent))
@@ -99,6 +126,8 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _sync(out.parent)
     except OSError as error:
         raise ResourceError(511, f"{out} could not be written: {error.strerror or error}.") from error
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise ResourceError(511, f"{out} could not be written: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

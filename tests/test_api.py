@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import quantforge
-from quantforge import api
+from quantforge import api, checkpoint, pipeline
 from quantforge.calibrate import corpus
 from quantforge.errors import DataError, ModelError, PlanError, QuantForgeError, ResourceError
 from quantforge.models import load as loading
@@ -220,3 +221,72 @@ def test_the_public_functions_stay_functions_whatever_has_been_imported(name):
 def test_what_the_package_does_not_have_is_an_attribute_error():
     with pytest.raises(AttributeError, match="quantise"):
         _ = quantforge.quantise
+
+
+def test_a_model_in_memory_that_is_not_finite_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(pipeline, "quantize", lambda *a: pytest.fail("work was begun"))
+    model = tiny.make("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[2, 3] = float("nan")
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight' has 1 NaN"):
+        api.quantize(model, "rtn", group_size=32)
+
+
+def test_a_text_may_be_given_as_a_path(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("A simple statement is comprised within a single logical line. " * 20)
+    result = api.quantize(TINY, "gptq", calibration=file, samples=2, seq_len=64)
+    assert result.calibration["name"] == str(file)
+    json.dumps(result.record())
+    assert api.evaluate(TINY, data=file, seq_len=64, windows=2).data["name"] == str(file)
+
+
+def test_a_model_in_float64_in_memory_is_stored_in_float32(tmp_path):
+    """The same codes as of the same numbers in float32."""
+    made = [
+        api.quantize(tiny.make("llama").to(dtype), "rtn", group_size=32, out=tmp_path / str(dtype))
+        for dtype in (torch.float64, torch.float32)
+    ]
+    for a, b in zip(made[0].layers, made[1].layers, strict=True):
+        assert torch.equal(a.weight.base.codes, b.weight.base.codes)
+        assert a.weight.base.scale.dtype == torch.float32
+    assert {p.dtype for p in api.load(tmp_path / "torch.float64").parameters()} == {torch.float32}
+
+
+def test_a_module_that_is_no_transformers_model_cannot_be_saved_and_says_so_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(api.planning, "make", lambda *a: pytest.fail("work was begun"))
+    with pytest.raises(PlanError, match=r"QF-270.*Sequential.*without out="):
+        api.quantize(nn.Sequential(nn.Linear(4, 4)), "rtn", out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "says"),
+    [
+        ({"data": "typo.txt"}, DataError, "does not exist"),
+        ({"data": Path("typo.txt")}, DataError, "does not exist"),
+        ({"seq_len": 4096}, PlanError, "at most 512"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_a_checkpoint_is_read(
+    made, tmp_path, monkeypatch, what, error, says
+):
+    saved = made["rtn", 4].save(tmp_path / "checkpoint")
+    monkeypatch.setattr(checkpoint, "read", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(error, match=says):
+        api.evaluate(saved, **what)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_trust_is_passed_on_to_all_that_reads_a_checkpoint(made, tmp_path, monkeypatch, trusted):
+    saved = made["rtn", 4].save(tmp_path / "checkpoint")
+    seen = []
+    for module, name in ((checkpoint, "read_config"), (checkpoint, "read"), (loading, "read_tokenizer")):
+        real = getattr(module, name)
+
+        def spy(*args, real=real, name=name, **more):
+            seen.append((name, more["trust_remote_code"]))
+            return real(*args, **more)
+
+        monkeypatch.setattr(module, name, spy)
+    api.evaluate(saved, seq_len=64, windows=1, trust_remote_code=trusted)
+    assert sorted(seen) == [("read", trusted), ("read_config", trusted), ("read_tokenizer", trusted)]

@@ -563,3 +563,23 @@ def test_a_model_in_float64_works_or_is_refused(model, text, tmp_path):
     assert result.exit_code in (0, 3)
     if result.exit_code:
         refused(result, 3, "F64")
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "compare"])
+def test_an_adapter_in_the_model_folder_is_refused(command, model, text, results):
+    """transformers would put it on the weights while it loads them, unchecked, if peft is installed."""
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    if command == "quantize":
+        result = quantize(model, text, results)
+    else:
+        more = ("--out", results / "out") if command == "compare" else ()
+        result = run(command, model, "--data", text, "--seq-len", 64, *more)
+    refused(result, 3, "QF-323", "adapter_config.json", "merge the adapter first")
+
+
+def test_an_output_that_is_the_current_folder_is_refused(text, tmp_path, monkeypatch):
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    refused(run("quantize", TINY, "--method", "rtn", "--out", ".", "--overwrite"), 2, "QF-269", "current folder")
+    assert place.is_dir()

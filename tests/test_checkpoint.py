@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -159,11 +160,11 @@ def test_a_folder_without_a_record_says_that_quantforge_did_not_write_it_and_loa
         ("{", 351),
         ("[" * 100_000, 351),
         (b"\xff\xfe", 351),
-        ("[]", 352),
+        ("[]", 351),
         ("{}", 352),
         ('{"schema": 2}', 352),
         ('{"schema": "1"}', 352),
-        ("null", 352),
+        ("null", 351),
     ],
 )
 def test_an_edited_record_is_refused(folder, text, number):
@@ -197,3 +198,113 @@ def test_a_record_that_is_a_folder_is_refused(folder):
     (folder / MARK).mkdir()
     with pytest.raises(ModelError):
         checkpoint.read_record(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", MARK])
+def test_a_pipe_or_a_huge_file_is_never_read(folder, name):
+    """Opening a pipe that nobody writes to would never return."""
+    if name == "config.json":
+        (folder / MARK).unlink()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    for _ in ("pipe", "huge"):
+        if name == MARK:
+            with pytest.raises(ModelError, match=r"QF-351.*(not a regular file|more than)"):
+                checkpoint.read_record(folder)
+        else:
+            assert not checkpoint.is_quantized(folder)
+        (folder / name).unlink()
+        with (folder / name).open("wb") as file:
+            file.write(b'{"quantization_config": {}, "schema": 1}')
+            file.truncate(1 << 40)  # a hole, which takes no room
+
+
+def test_a_record_that_is_a_link_out_of_the_folder_is_not_read(folder, tmp_path):
+    shutil.move(folder / MARK, tmp_path / "elsewhere.json")
+    (folder / MARK).symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ModelError, match=r"QF-351.*leads out"):
+        checkpoint.read_record(folder)
+
+
+def test_null_as_a_quantization_config_is_a_float_model(folder):
+    (folder / MARK).unlink()
+    change_config(folder, lambda c: c.update(quantization_config=None))
+    assert not checkpoint.is_quantized(folder)
+
+
+def test_a_loss_that_was_not_finite_is_shown_as_such(folder):
+    change_config(folder, lambda r: r["layers"][0].update(loss=None, relative_loss=None), MARK)
+    assert "nan (nan%)" in checkpoint.table(checkpoint.read_record(folder))
+
+
+@pytest.fixture(scope="module")
+def corrected(tmp_path_factory) -> Path:
+    """Return a checkpoint with an adapter beside it."""
+    out = tmp_path_factory.mktemp("corrected") / "good"
+    model, ids = tiny.make("llama", dtype=torch.bfloat16), torch.arange(3, 99).view(4, 24)
+    quantforge.quantize(model, "rtn+lorc", calibration=ids, group_size=32, out=out)
+    assert (out / "adapter").is_dir()
+    return out
+
+
+A, B = (f"base_model.model.{LAYER}.lora_{x}.weight" for x in "AB")
+
+
+def change_factors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, {"format": "pt"})
+
+
+def rename(tensors: dict[str, Tensor]) -> None:
+    for key in (A, B):
+        tensors[key.replace("layers.1", "layers.9")] = tensors.pop(key)
+
+
+def link_out(folder: Path) -> None:
+    file = folder / "adapter" / "adapter_model.safetensors"
+    shutil.move(file, folder.parent / "outside.safetensors")
+    file.symlink_to(folder.parent / "outside.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: change_factors(f, lambda t: t.update({B: t[B][:-1]})), "356"),
+        (lambda f: change_factors(f, lambda t: t.update({B: t[B][:1]})), "356"),
+        (lambda f: change_factors(f, lambda t: t.update({A: t[A][:, :1]})), "356"),
+        (lambda f: change_factors(f, rename), "356"),
+        (lambda f: change_factors(f, lambda t: t.pop(A)), "377"),
+        (lambda f: change_factors(f, lambda t: t.pop(B)), "377"),
+        (lambda f: change_factors(f, lambda t: t.update({A: t[A][:-1]})), "377"),
+        (lambda f: change_factors(f, lambda t: t.update(more=torch.zeros(2))), "377"),
+        (lambda f: change_factors(f, lambda t: t.update({A: t[A] * float("nan")})), "377"),
+        (lambda f: change_factors(f, lambda t: t.update({A: t[A].int()})), "377"),
+        (lambda f: change_factors(f, lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)})), "377"),
+        (lambda f: change_config(f, lambda c: c.update(lora_alpha=2 * c["r"]), "adapter/adapter_config.json"), "378"),
+        (lambda f: change_config(f, lambda c: c.pop("lora_alpha"), "adapter/adapter_config.json"), "378"),
+        (
+            lambda f: change_config(f, lambda c: c.update(alpha_pattern={LAYER: 1}), "adapter/adapter_config.json"),
+            "378",
+        ),
+        (lambda f: (f / "adapter" / "adapter_config.json").unlink(), "301"),
+        (lambda f: (f / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 50), "307"),
+        (link_out, "316"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(corrected, tmp_path, damage, says):
+    folder = Path(shutil.copytree(corrected, tmp_path / "copy"))
+    checkpoint.read(folder)
+    damage(folder)
+    assert f"QF-{says}]" in refused(folder)
+
+
+def test_code_of_the_checkpoints_own_needs_trust(folder, monkeypatch):
+    change_config(folder, lambda c: c.update(auto_map={"AutoConfig": "own.Config"}))
+    with pytest.raises(ModelError, match=r"--trust-remote-code"):
+        checkpoint.read_config(folder)
+    seen = []
+    monkeypatch.setattr(checkpoint.load, "make_config", lambda *args, **more: seen.append(more) or object())
+    checkpoint.read_config(folder, trust_remote_code=True)
+    assert seen == [{"trust_remote_code": True}]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import string
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -214,3 +215,36 @@ def test_fallbacks_are_none_when_all_went_well_and_named_when_not():
     assert starved.fallbacks()
     assert all("damping was raised to" in line or "only its diagonal" in line for line in starved.fallbacks())
     assert f"note: {starved.fallbacks()[0]}" in starved.summary()
+
+
+def test_a_disk_that_fills_up_under_safetensors_is_told_in_a_line(tmp_path, monkeypatch):
+    """Their writer reports a full disk by an exception of its own, which is no OSError."""
+
+    def full(result, exporter, staging):
+        (staging / "half").write_text("x")
+        raise SafetensorError('I/O error: Os { code: 28, message: "No space left on device" }')
+
+    monkeypatch.setattr(results, "_write", full)
+    with pytest.raises(ResourceError, match=r"QF-511.*No space left on device"):
+        quantized().save(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_record_and_does_not_stop_the_save(tmp_path):
+    result = quantized()
+    first, *rest = result.layers
+    bad = replace(first, loss=float("inf"), relative_loss=float("nan"))
+    saved = replace(result, layers=(bad, *rest)).save(tmp_path / "out")
+    rows = json.loads((saved / MARK).read_text())["layers"]
+    assert (rows[0]["loss"], rows[0]["relative_loss"]) == (None, None)
+    assert rows[1]["loss"] == rest[0].loss
+
+
+def test_tensors_that_begin_at_the_same_place_are_one_only_if_they_are_alike():
+    whole = torch.arange(6.0).view(2, 3)
+    names = {"whole": whole, "tied": whole, "turned": whole.T, "row": whole[0]}
+    empty = {"none": torch.empty(0), "wide": torch.empty(0, 5)}
+    copies = results._in_dtype(names | empty, torch.bfloat16)
+    assert copies["whole"] is copies["tied"]
+    for name, tensor in (names | empty).items():
+        assert torch.equal(copies[name], tensor.bfloat16()), name

@@ -315,3 +315,36 @@ def test_a_file_of_the_users_own_in_a_checkpoint_keeps_it_from_being_replaced(tm
     with pytest.raises(PlanError, match=r"QF-268.*'notes.txt'"):
         check_target(out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", [".", "..", "deep/..", "link", "absolute"])
+def test_the_current_folder_and_what_holds_it_are_never_replaced(old, monkeypatch, where):
+    (old.parent / "link").symlink_to(old.parent)
+    monkeypatch.chdir(old)
+    out = {"absolute": old, "link": old.parent / "link" / "out"}.get(where, Path(where))
+    with pytest.raises(PlanError, match=r"QF-269"):
+        check_target(out, overwrite=True)
+    assert contents(old) == whole("old")
+
+
+def test_a_mount_point_is_never_replaced(old, monkeypatch):
+    monkeypatch.setattr(store.os.path, "ismount", lambda path: path == old)
+    with pytest.raises(PlanError, match=r"QF-269.*mount point"):
+        check_target(old, overwrite=True)
+
+
+def test_a_folder_named_by_way_of_its_own_part_is_replaced_from_beside_it(old):
+    out = old / "deep" / ".."
+    check_target(out, overwrite=True)
+    save(out, overwrite=True)
+    assert contents(old) == whole("new")
+    assert os.listdir(old.parent) == ["out"]
+
+
+def test_a_folder_that_may_not_be_read_is_told_in_a_line(old, monkeypatch):
+    def forbidden(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(store.Path, "iterdir", forbidden)
+    with pytest.raises(ResourceError, match=r"QF-514.*out cannot be read: Permission denied"):
+        check_target(old, overwrite=True)

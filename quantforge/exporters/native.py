@@ -6,7 +6,8 @@ Safetensors like any checkpoint. A quantized layer's weight stands as
     NAME.scale                  floats, or NAME.scale.codes, NAME.scale.scale, … where scales are quantized themselves
     NAME.zero                   likewise, where there are zero points
     NAME.offset                 float32, of a centered format
-    NAME.residual.N.PART        the parts of residual N: a, b; or start, columns, values; or index, values
+    NAME.residual.N.PART        the parts of residual N: a, b; or start, columns (16 bits where they do),
+                                values; or index, values
 
 and `quantization_config` in config.json says, for each layer, its shape, its format and its residuals.
 """
@@ -68,7 +69,8 @@ class Native:
                 if isinstance(part, QTensor):
                     found |= _matrix(where, part)
                 elif isinstance(part, Tensor):
-                    found[where] = part.contiguous()
+                    short = isinstance(residual, Sparse) and f.name == "columns" and residual.width <= 1 << 16
+                    found[where] = (part.to(torch.uint16) if short else part).contiguous()
         return found
 
     def config(self, plan: Plan, linears: list[str]) -> dict[str, Any]:
@@ -134,11 +136,16 @@ def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor]) -> QW
                 shape = (int(kept["shape"][0]), int(kept["shape"][1]))
                 values[f.name] = _read_matrix(where, shape, formats.from_json(kept["format"]), tensors)
             else:
-                values[f.name] = tensors.pop(where) if kept == "tensor" else int(kept)
+                values[f.name] = _widened(tensors.pop(where)) if kept == "tensor" else int(kept)
         residual = cls(**values)
         _check(residual, (int(rows), int(cols)))
         residuals.append(residual)
     return QWeight(base, {}, tuple(residuals))
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return indices that are stored in 16 bits as int32, in which they can be computed with."""
+    return x.to(torch.int32) if x.dtype == torch.uint16 else x
 
 
 def _check(residual: Residual, shape: tuple[int, int]) -> None:

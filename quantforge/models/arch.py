@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -115,13 +116,14 @@ def _first_calls(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, in
     def note(name: str) -> None:
         places.setdefault(name, len(places))
 
-    ids = torch.arange(_DRY_TOKENS, device=device)[None] % model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     handles = [m.register_forward_pre_hook(lambda m, args, n=name: note(n)) for name, m in layers.items()]
+    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # what fails here, calibration will meet and tell, and methods without data need no forward
+        with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices):
+            known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            ids = torch.arange(_DRY_TOKENS, device=device)[None] % known
             getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
-    except Exception:  # whatever it is, calibration will meet and tell it, and methods without data need no forward
-        return {}
     finally:
         for handle in handles:
             handle.remove()
@@ -132,7 +134,7 @@ def _left_in_float(model: nn.Module, path: str) -> str:
     """Return what the note has to say about fused experts, whose 3-D parameters are no linear layers."""
     count, places = 0, dict[str, None]()
     for name, module in model.get_submodule(path).named_modules():
-        fused = [p.numel() for p in module.parameters(recurse=False) if p.dim() == 3]
+        fused = [p.numel() for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1]
         if fused and not isinstance(module, nn.Conv1d):
             count += sum(fused)
             places[name.split(".", 1)[-1]] = None
@@ -162,7 +164,8 @@ def _block_list(model: nn.Module) -> str:
         inner = any(name.startswith(f"{other}.") for other in lists)
         return any(map(is_linear, found.modules())), len(found) == blocks, not inner, len(found), -name.count(".")
 
-    return max(sorted(lists), key=rank)
+    best: str = max(sorted(lists), key=rank)
+    return best
 
 
 def block_index(name: str) -> int | None:

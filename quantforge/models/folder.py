@@ -32,6 +32,7 @@ MAX_DEPTH = 32
 FLOATS = ("BF16", "F16", "F32", "F64")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # transformers loads what it names with the model, if peft is installed
 # Keys that choose code by name, which transformers may fetch from the hub, or that claim the user's consent.
 _HOSTILE = re.compile(r"_?(attn|experts)_implementation.*|trust_remote_code|kernel_config|fusion_config")
 
@@ -74,6 +75,12 @@ def read_folder(path: Path, *, trust_remote_code: bool = False, quantized: bool 
     path = Path(path)
     if not os.path.isdir(path):
         raise ModelError(310, f"there is no folder {show(path)}: download the model first and name its folder.")
+    if os.path.lexists(path / ADAPTER):
+        raise ModelError(
+            323,
+            f"{show(path)} holds {ADAPTER}, and an adapter changes the weights when the model is loaded: merge the "
+            "adapter first, or delete that file if the model is to be used without it.",
+        )
     config, stripped = _config(path, trust_remote_code, quantized)
     tensors = _tensors(path)
     if not any(t.dtype in FLOATS for t in tensors.values()):
@@ -90,7 +97,7 @@ def _config(path: Path, trusted: bool, quantized: bool) -> tuple[dict[str, Any],
             310, f"config.json is missing in {show(path)}: name the folder that has it, or download it again."
         )
     stripped: list[str] = []
-    raw = read_json(_contained(path, "config.json", ".json"), MAX_CONFIG)
+    raw = read_json(contained(path, "config.json", ".json"), MAX_CONFIG)
     kept = {"quantization_config": raw.pop("quantization_config")} if quantized and "quantization_config" in raw else {}
     config = _clean(raw, "", 1, stripped, trusted) | kept
     kind = config.get("model_type")
@@ -141,7 +148,7 @@ def _clean_value(value: Any, where: str, depth: int, stripped: list[str], truste
     return value
 
 
-def _contained(path: Path, name: str, suffix: str) -> Path:
+def contained(path: Path, name: str, suffix: str) -> Path:
     """Return the file called `name` if it cannot lie outside the folder on any system; ModelError otherwise.
 
     A link may lead elsewhere in the folder or, from a snapshot in the hub's cache, into that cache's blobs.
@@ -176,8 +183,8 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
     if not os.path.lexists(path / INDEX):
         if not os.path.lexists(path / SINGLE):
             raise _no_weights(path)
-        return read_header(_contained(path, SINGLE, ".safetensors"))
-    weight_map = read_json(_contained(path, INDEX, ".json"), MAX_HEADER).get("weight_map")
+        return read_header(contained(path, SINGLE, ".safetensors"))
+    weight_map = read_json(contained(path, INDEX, ".json"), MAX_HEADER).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise damaged(317, f"{INDEX} has no weight_map from tensor names to file names")
     names = sorted(set(weight_map.values()))
@@ -187,7 +194,7 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
             f"{show(path)} has both {SINGLE} and {INDEX}: delete {SINGLE} if the {len(names)} shards are the model, "
             f"or {INDEX} if the single file is.",
         )
-    files = {name: _contained(path, name, ".safetensors") for name in names}
+    files = {name: contained(path, name, ".safetensors") for name in names}
     missing = [show(name) for name, file in files.items() if not os.path.exists(file)]
     if missing:
         raise ModelError(

@@ -78,7 +78,7 @@ def find(model: str | None, *, trust_remote_code: bool = False) -> Source:
     path = Path(model)
     local = os.path.exists(path)  # False, not an error, for a name that no file could have
     if not local:
-        path = _download(model)
+        path = _download(model, trust_remote_code)
     folder = check.read_folder(path, trust_remote_code=trust_remote_code)
     notes = (f"keys of config.json were ignored: {', '.join(folder.stripped)}",) if folder.stripped else ()
     return Source(
@@ -105,9 +105,9 @@ def make_config(folder: Path, settings: dict[str, Any], *, trust_remote_code: bo
         raise ModelError(361, f"{folder / 'config.json'}: {kind} does not accept it: {error}") from error
 
 
-def _download(name: str) -> Path:
-    """Fetch a hub model's config, tokenizer and safetensors into the local cache; offline, use what is there."""
-    allowed = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+def _download(name: str, trusted: bool) -> Path:
+    """Fetch a hub model's config, tokenizer, safetensors and, if trusted, code; offline, use what the cache has."""
+    allowed = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *(["*.py"] if trusted else [])]
     offline = bool(constants.HF_HUB_OFFLINE) or not reachable()
     try:
         return Path(snapshot_download(name, allow_patterns=allowed, local_files_only=offline))
@@ -121,17 +121,22 @@ def _download(name: str) -> Path:
 
 def tokenizer(source: Source) -> Any:
     """Return the model's tokenizer; ModelError if it is missing or does not fit the embedding."""
-    where = {"gguf_file": source.gguf} if source.gguf else {"trust_remote_code": source.trust_remote_code}
-    found = read_tokenizer(source.path, **where)
+    found = read_tokenizer(source.path, gguf=source.gguf, trust_remote_code=source.trust_remote_code)
     check.check_tokenizer(found, source.config, source.name)
     return found
 
 
-def read_tokenizer(folder: Path, **where: Any) -> Any:
-    """Return the tokenizer in `folder`; ModelError if it cannot be loaded."""
+def read_tokenizer(folder: Path, *, gguf: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer in `folder`, or of its GGUF file; ModelError if it cannot be loaded."""
+    where = {"gguf_file": gguf} if gguf else {}
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+            return AutoTokenizer.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,  # None would ask the user
+                **where,
+            )
     except Exception as error:
         raise ModelError(363, f"{folder}: its tokenizer cannot be loaded ({error}).") from error
 

@@ -111,6 +111,8 @@ NAMED = {
     "fp4": Format(grids.bnb_fp4(), Flat(64), True),
     "fp4-dq": Format(grids.bnb_fp4(), Flat(64), True, _DOUBLE),
     "hqq3-g64": Format(grids.int_grid(3), (1, 64), zero=torch.float32),
+    "hqq3-b64": Format(grids.int_grid(3), (64, 1), zero=torch.float32),
+    "int3-b64": Format(grids.int_grid(3), (64, 1)),
     "spqr3-g16": Format(grids.int_grid(3), (1, 16), scale=_BILEVEL, zero=_BILEVEL),
 }
 

@@ -21,9 +21,10 @@ class GPTAQ(GPTQ):
     """GPTQ with asymmetric calibration (Li et al., ICML 2025, arXiv:2504.02692).
 
     Earlier layers have already moved the input from x̃ to x, so that W x̃ is to be met by Ŵ x. The unrounded optimum is
-    W + W C H⁻¹ with C = Σ (x̃ − x) xᵀ, and GPTQ then rounds towards it: minimising over Ŵ the error against W x̃ is
-    the same, up to a constant, as against that target. Only a share of the correction generalizes; the share is
-    searched for each group of layers on tokens that the fit has not seen. Share 0 is GPTQ.
+    W + W C H⁻¹ with C = Σ (x̃ − x) xᵀ, taken in closed form where the paper adds its part column by column, and GPTQ
+    then rounds towards it: minimising over Ŵ the error against W x̃ is the same, up to a constant, as against that
+    target. Only a share of the correction generalizes; the share is searched for each group of layers on tokens that
+    the fit has not seen. Share 0 is GPTQ. Layer losses are against W, so they come out above GPTQ's.
 
     strength  the share, from 0 to 1; below 0 it is searched among 0, 0.25, 0.5 and 1
 
@@ -36,7 +37,7 @@ class GPTAQ(GPTQ):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strength > 1:
+        if not self.strength <= 1:
             raise ValueError(f"strength must be at most 1, or below 0 to be searched, not {self.strength}")
 
     def solve(self, problem: Problem) -> QWeight:

@@ -45,6 +45,7 @@ class GPTQ:
 
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
     extends_format = False
+    takes_ranges = True
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

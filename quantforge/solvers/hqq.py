@@ -39,6 +39,7 @@ class HQQ:
 
     needs = ()
     extends_format = False
+    takes_ranges = False
 
     def __post_init__(self) -> None:
         if not 0 < self.norm <= 1:

@@ -64,6 +64,7 @@ class OBQ:
 
     needs = ("hessian",)
     extends_format = False
+    takes_ranges = True
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)
@@ -87,7 +88,9 @@ class OBQ:
             raise ValueError(f"{problem.name}: OBQ needs a Hessian, and none was collected")
         factor = inverse_factor(hessian.double(), self.damp_percent, relative=self.damping == "relative")
         inverse = factor.u.T @ factor.u
-        r = fit(weight, fmt, self.range, torch.nan_to_num(hessian.diagonal(), nan=0.0, posinf=0.0).clamp(min=0))
+        r = problem.range or fit(
+            weight, fmt, self.range, torch.nan_to_num(hessian.diagonal(), nan=0.0, posinf=0.0).clamp(min=0)
+        )
         shape = (weight.shape[0], weight.shape[1])
         scale, zero = (spread(part, shape, fmt.block).double().expand(shape) for part in (r.scale, r.zero))
         rows = [self._row(weight[i].double(), inverse, scale[i], zero[i], fmt) for i in range(shape[0])]

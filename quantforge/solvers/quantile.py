@@ -32,6 +32,7 @@ class Quantile:
     codes: str = "empirical"
 
     needs = ()
+    takes_ranges = False
 
     def __post_init__(self) -> None:
         if self.codes not in ("empirical", "normal"):

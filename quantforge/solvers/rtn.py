@@ -30,6 +30,7 @@ class RTN:
         ranges.rule(self.range)
 
     extends_format = False
+    takes_ranges = True
 
     def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
         """Return None: any format will do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class Spare:
     share  of the input channels of each layer that stay in float, in 16 bits
     pick   activation: the largest mean |x|; weight: the largest norm of the column; random: drawn
     range  how the range of the others is found: minmax, percentile or mse
-    seed   of the draw
+    seed   of the draw, which is each layer's own
     """
 
     share: float = 0.01
@@ -37,6 +38,7 @@ class Spare:
     seed: int = 0
 
     extends_format = True
+    takes_ranges = False
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)
@@ -59,7 +61,8 @@ class Spare:
         weight, fmt = problem.weight, problem.format
         count = round(self.share * weight.shape[1])
         index = self._score(problem).argsort(descending=True, stable=True)[:count].sort().values
-        base = quantize(weight, fit(weight, fmt, self.range), fmt)
+        rest = weight.index_fill(1, index, 0.0)  # what is kept in float widens no range
+        base = quantize(weight, fit(rest, fmt, self.range), fmt)
         if not count:
             return QWeight(base, {"kept_columns": 0})
         dtype = fmt.scale if isinstance(fmt.scale, torch.dtype) and fmt.scale.itemsize == 2 else torch.bfloat16
@@ -72,7 +75,8 @@ class Spare:
             norms: Tensor = weight.norm(dim=0)
             return norms
         if self.pick == "random":
-            return torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(weight.device)
+            own = torch.Generator().manual_seed(zlib.crc32(problem.name.encode()) ^ self.seed)
+            return torch.rand(weight.shape[1], generator=own).to(weight.device)
         if problem.magnitude is None:
             raise ValueError(f"{problem.name}: the size of its inputs was not collected")
         return problem.magnitude

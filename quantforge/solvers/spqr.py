@@ -47,6 +47,7 @@ class SpQR:
 
     needs = ("hessian",)
     extends_format = True
+    takes_ranges = False
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

@@ -32,14 +32,17 @@ class LWC:
     trained so that the decoder block's output, on its own inputs, stays what it is in float; rounding passes gradients
     straight through. Min-max ranges are kept where training did not lower the block's error on the same inputs.
 
-    epochs  passes over the calibration batches that are used
+    The target is the float block on the inputs that reach it through quantized blocks; the paper adds the float stream.
+    All of a block's ranges are kept or given up together.
+
+    epochs  passes over the calibration batches that are used (the paper: 20, of 128 samples one by one)
     share   of the calibration batches that are used, evenly spaced
-    rate    learning rate of AdamW
+    rate    learning rate of AdamW (the paper: 0.01, for as many more steps)
     """
 
-    epochs: int = 2
+    epochs: int = 4
     share: float = 0.5
-    rate: float = 0.01
+    rate: float = 0.1
 
     needs = ("blocks",)
 
@@ -63,23 +66,28 @@ class LWC:
 
         calls  the arguments of `block` for every calibration batch
         """
-        used = calls[:: max(round(1 / self.share), 1)]
+        used = [calls[int(i / self.share)] for i in range(max(1, int(len(calls) * self.share)))]
         layers = [
-            _Layer(name, arch.get_weight(module), fmt, isinstance(module, Conv1D))
+            _Layer(name, module, fmt)
             for name, fmt, module in ((n, f, block.get_submodule(n)) for n, f in formats.items())
         ]
         with torch.no_grad():
             targets = [_output(block, {}, call) for call in used]
             plain = self._error(block, layers, used, targets, trained=False)
+        if not plain > 0:
+            return {layer.name: layer.range(trained=False) for layer in layers}
+        size = plain / sum(t.numel() for t in targets)  # Adam's epsilon must not decide
         parameters = [p for layer in layers for p in (layer.gamma, layer.beta)]
-        optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=self.rate, eps=1e-12, weight_decay=0.0)
         with torch.enable_grad():
             for _ in range(self.epochs):
                 for call, target in zip(used, targets, strict=True):
-                    optimizer.zero_grad()
                     weights = dict(layer.rounded() for layer in layers)
-                    loss = F.mse_loss(_output(block, weights, call), target)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss = F.mse_loss(_output(block, weights, call).float(), target.float()) / size
+                    # only for these: the model's own parameters collect no gradients
+                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter.grad = gradient
                     optimizer.step()
         with torch.no_grad():
             better = self._error(block, layers, used, targets, trained=True) < plain
@@ -97,9 +105,10 @@ class LWC:
 class _Layer:
     """One layer's weight [out, in], the ends of its blocks, and what is trained about them."""
 
-    def __init__(self, name: str, weight: Tensor, fmt: Format, transposed: bool) -> None:
-        self.name, self.weight, self.format, self.transposed = name, weight, fmt, transposed
-        self.low, self.high = tiles(weight, fmt.block).aminmax(dim=-1)
+    def __init__(self, name: str, module: nn.Module, fmt: Format) -> None:
+        self.name, self.weight, self.format = name, arch.get_weight(module), fmt
+        self.transposed, self.dtype = isinstance(module, Conv1D), next(module.parameters()).dtype
+        self.low, self.high = tiles(self.weight, fmt.block).aminmax(dim=-1)
         self.gamma = torch.full_like(self.high, _START, requires_grad=True)
         self.beta = torch.full_like(self.low, _START, requires_grad=True)
 
@@ -138,7 +147,7 @@ class _Layer:
         return self._parameter((value - z) * s)
 
     def _parameter(self, weight: Tensor) -> tuple[str, Tensor]:
-        return f"{self.name}.weight", weight.T if self.transposed else weight
+        return f"{self.name}.weight", (weight.T if self.transposed else weight).to(self.dtype)
 
 
 def _through(x: Tensor, rounded: Tensor) -> Tensor:

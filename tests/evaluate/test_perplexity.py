@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantforge import api
 from quantforge.errors import DataError, QuantForgeError
@@ -36,6 +37,20 @@ def changed(kind: str, **changes: float) -> nn.Module:
     rng = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=rng)
+    return model
+
+
+def other(kind: str, seed: int = 0, **changes: float) -> nn.Module:
+    """Return a random model of an architecture that `tiny` lacks."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **sizes, **heads, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, 0.2)
     return model
 
 
@@ -120,6 +135,58 @@ def test_soft_capping_is_part_of_the_reference():
         assert torch.equal(reference.logits(reference.hidden[0]), logits)
         assert not torch.allclose(model.get_output_embeddings()(reference.hidden[0]), logits, atol=0.1)
     assert evaluate(changed("gemma2", final_logit_softcapping=2.0), ids, reference).kl > 1e-4
+
+
+def test_what_the_config_does_not_tell_about_the_head_costs_the_divergence_but_not_the_run():
+    ids = tokens()
+    model = other("hyperclovax", logits_scaling=8.0)  # a factor here
+    reference, score = make_reference(model, ids)
+    assert "no divergence" in reference.missing
+    assert score == evaluate(model, ids)
+    again = evaluate(model, ids, reference)
+    assert again.losses == score.losses
+    assert math.isnan(again.kl)
+    model = tiny.make("llama")
+    model.lm_head.forward = lambda x: x @ model.lm_head.weight.T  # hooks see this, and nothing else is changed
+    assert make_reference(model, ids)[0].missing == ""
+    model.get_output_embeddings = lambda: None
+    reference, score = make_reference(model, ids)
+    assert "output head" in reference.missing
+    assert score.losses == evaluate(model, ids, reference).losses
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("granite", {"logits_scaling": 0.25}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("cohere", {"logit_scale": 4.0}),
+        ("cohere2", {"logit_scale": 0.5}),
+    ],
+)
+def test_a_scale_of_the_logits_is_part_of_the_reference(kind, scale):
+    model, ids = other(kind, **scale), tokens()
+    reference, score = make_reference(model, ids)
+    assert reference.missing == ""
+    assert score == evaluate(model, ids)
+    again = evaluate(model, ids, reference)
+    assert again.losses == score.losses
+    assert again.kl == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        logits = model(ids[:1], use_cache=False).logits[0, :-1]
+        assert torch.equal(reference.logits(reference.hidden[0]), logits)
+        assert not torch.allclose(model.get_output_embeddings()(reference.hidden[0]), logits, rtol=0.1)
+    assert evaluate(other(kind, seed=1, **scale), ids, reference).kl > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_model_in_half_precision_has_a_reference_too(kind, dtype):
+    model, ids = tiny.make(kind, dtype=dtype), tokens()
+    reference, _ = make_reference(model, ids)
+    assert reference.missing == ""
+    assert evaluate(model, ids, reference).kl == pytest.approx(0, abs=1e-3)
 
 
 def test_a_reference_stays_what_it_was_when_the_model_is_quantized_in_place():

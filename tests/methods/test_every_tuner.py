@@ -7,6 +7,7 @@ import torch
 
 from quantforge import pipeline, recipe
 from quantforge import plan as planning
+from quantforge.errors import PlanError
 from quantforge.models import arch, tiny
 from quantforge.numerics.formats import parse
 from quantforge.numerics.qtensor import fit, quantize
@@ -48,6 +49,7 @@ def test_the_rounded_block_errs_no_more_and_float_weights_stay(tuner, text):
     calls = calls_of(model, torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(0)))
     found = create("tuner", tuner, {"share": 1.0}).tune(block, formats, calls)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
     assert list(found) == list(formats)
     errors = []
     for chosen in (found, {n: fit(block.get_submodule(n).weight.detach(), fmt) for n in formats}):
@@ -67,7 +69,7 @@ def test_learned_clipping_gains_on_a_block_with_outlying_weights():
             module.weight.data[:, ::16] *= 4
     formats = {n: parse("int3-channel-asym") for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
     calls = calls_of(model, torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0)))
-    found = create("tuner", "lwc", {"share": 1.0, "epochs": 10, "rate": 0.05}).tune(block, formats, calls)
+    found = create("tuner", "lwc", {"share": 1.0}).tune(block, formats, calls)
     errors = []
     for trained in (True, False):
         weights = {}
@@ -89,6 +91,22 @@ def test_it_runs_in_the_pipeline_on_every_kind_of_block(tuner, kind):
     assert [row.name for row in rows] == list(plan.layers)
     for row in rows:
         assert torch.equal(arch.get_weight(model.get_submodule(row.name)), row.weight.dequantize())
+
+
+def test_trained_ranges_go_to_solvers_that_take_them_only():
+    model = tiny.make("llama")
+    plan = planning.make(model, recipe.load("lwc+gptq", bits=3, group_size=32), torch.float32)
+    ids = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+    assert len(pipeline.quantize(model, plan, ids)) == len(plan.layers)
+    with pytest.raises(PlanError, match=r"QF-257.*rtn and gptq"):
+        planning.make(tiny.make("llama"), recipe.load("lwc+spare", group_size=32), torch.float32)
+
+
+def test_a_model_in_half_precision_is_tuned_in_its_own_dtype():
+    model = tiny.make("llama", dtype=torch.bfloat16)
+    plan = planning.make(model, recipe.load("lwc", bits=3, group_size=32), torch.bfloat16)
+    ids = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+    assert len(pipeline.quantize(model, plan, ids)) == len(plan.layers)
 
 
 @pytest.mark.parametrize("tuner", TUNERS)

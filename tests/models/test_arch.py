@@ -34,7 +34,20 @@ UNKNOWN = {
         *(f"mlp.{n}_proj" for n in ("gate", "up", "down")),
     ],
     "gpt_neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    "gpt_neo": [  # defined k, v, q
+        *(f"attn.attention.{n}_proj" for n in ("q", "k", "v", "out")),
+        *("mlp.c_fc", "mlp.c_proj"),
+    ],
 }
+BLOCKS = {"stablelm": "model.layers", "gpt_neox": "gpt_neox.layers", "gpt_neo": "transformer.h"}
+OWN = {"gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8}}
+
+
+def unknown(kind: str, **changes: object) -> nn.Module:
+    settings = {**SMALL, **OWN.get(kind, {}), **changes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
 
 
 def tokens(windows: int = 3, length: int = 12) -> Tensor:
@@ -87,22 +100,62 @@ def test_stages_are_in_the_order_of_the_forward_and_their_layers_read_one_tensor
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_an_architecture_that_the_table_lacks_is_taken_layer_by_layer_with_a_note(kind):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL)).eval()
+    model, rounded = unknown(kind), unknown(kind)
     stages, note = arch.find_stages(model)
-    assert [s.names for s in stages] == [
-        (f"{'gpt_neox' if kind == 'gpt_neox' else 'model'}.layers.{i}.{name}",)
-        for i in (0, 1)
-        for name in UNKNOWN[kind]
-    ]
+    assert [s.names for s in stages] == [(f"{BLOCKS[kind]}.{i}.{name}",) for i in (0, 1) for name in UNKNOWN[kind]]
     assert kind in note
     assert "one by one" in note
-    result = quantforge.quantize(model, "gptq", group_size=32, calibration=tokens())
+    assert "stay in float" not in note
+    result = quantforge.quantize(model, "gptq", bits=3, group_size=32, calibration=tokens(8))
     assert result.plan.notes == (note,)
     assert note in result.summary()
     assert [layer.name for layer in result.layers] == [s.names[0] for s in stages]
-    assert all(layer.tokens == 36 for layer in result.layers)
+    assert all(layer.tokens == 96 for layer in result.layers)
     assert result.fallbacks() == []
+    plain = quantforge.quantize(rounded, "rtn", bits=3, group_size=32).layers
+    assert [layer.name for layer in plain] == [layer.name for layer in result.layers]
+    assert not any(
+        torch.equal(a.weight.base.codes, b.weight.base.codes) for a, b in zip(result.layers, plain, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_a_plan_made_without_weights_has_the_same_layers(kind):
+    model = unknown(kind)
+    with torch.device("meta"):
+        skeleton = unknown(kind)
+    chosen = recipe.load("gptq", group_size=32)
+    early, late = (planning.make(m, chosen, torch.float32) for m in (skeleton, model))
+    assert early.layers == late.layers
+    assert early.notes == late.notes
+    stages = early.select(arch.find_stages(model)[0])
+    assert tuple(s.names for s in stages) == late.stages
+    rows = pipeline.quantize(model, early, tokens())
+    assert [(row.name, row.tokens) for row in rows] == [(name, 36) for name in late.layers]
+
+
+def test_looking_for_the_order_leaves_nothing_behind_but_the_order():
+    model = unknown("gpt_neo", resid_dropout=0.5, embed_dropout=0.5).train()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    arch.find_stages(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.is_grad_enabled()
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "granitemoe"])
+def test_experts_that_cannot_be_taken_apart_are_told(kind):
+    model = unknown(kind, num_experts=4, num_local_experts=4, num_experts_per_tok=2)
+    _, note = arch.find_stages(model)
+    place = {"olmoe": "mlp.experts", "granitemoe": "block_sparse_moe.experts"}[kind]
+    count = 2 * 4 * 3 * 64 * 96  # blocks, experts, matrices
+    assert note.endswith(f"{count:,} parameters of fused experts in {place} stay in float")
+    result = quantforge.quantize(model, "rtn", group_size=32)
+    assert not any("experts" in layer.name for layer in result.layers)
+    assert note in result.summary()
 
 
 def test_the_text_part_of_a_multimodal_gemma_is_found():
@@ -127,6 +180,80 @@ class Toy(nn.Module):
         self.config = AutoConfig.for_model("stablelm")
         for name, part in parts.items():
             self.add_module(name, part)
+
+
+class Block(nn.Module):
+    """Linear layers that are called in the order of `calls`, by name."""
+
+    def __init__(self, calls: tuple[str, ...], **parts: nn.Module) -> None:
+        super().__init__()
+        self.calls = calls
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.calls:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+class Sequence(Toy):
+    """A toy that embeds its tokens and runs its blocks."""
+
+    def __init__(self, blocks: list[Block], broken: bool = False) -> None:
+        super().__init__(embed=nn.Embedding(32, 4), layers=nn.ModuleList(blocks))
+        self.broken = broken
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.layers:
+            x = block(x)
+        if self.broken:
+            raise RuntimeError("cannot run here")
+        return x
+
+
+def linears(*names: str) -> dict[str, nn.Module]:
+    return {name: nn.Linear(4, 4) for name in names}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_layers_that_the_short_forward_does_not_call_follow_those_defined_before_them(broken):
+    blocks = [
+        Block(("c", "a"), **linears("a", "b", "c", "d")),
+        Block((), **linears("a", "b")),
+        Block(("b", "a", "b"), **linears("a", "b")),
+    ]
+    names = [s.names[0].removeprefix("layers.") for s in arch.find_stages(Sequence(blocks, broken))[0]]
+    assert names == ["0.c", "0.d", "1.a", "1.b", "0.a", "0.b", "2.b", "2.a"]
+    assert not any(m._forward_pre_hooks for block in blocks for m in block.modules())
+
+
+def moe_block(experts: int) -> Block:
+    return Block(("q",), **linears("q"), experts=nn.ModuleList(nn.Linear(4, 4) for _ in range(experts)))
+
+
+@pytest.mark.parametrize(
+    ("parts", "blocks", "path"),
+    [
+        ({"layers": nn.ModuleList(moe_block(8) for _ in range(3))}, 3, "layers"),
+        ({"layers": nn.ModuleList(moe_block(8) for _ in range(3))}, 32, "layers"),
+        ({"layers": nn.ModuleList(moe_block(3) for _ in range(3))}, 3, "layers"),
+        ({"layers": nn.ModuleList(moe_block(3) for _ in range(2))}, 2, "layers"),
+        ({"eyes": nn.ModuleList(moe_block(2) for _ in range(5)), "z": nn.ModuleList([moe_block(1)] * 4)}, 4, "z"),
+        ({"eyes": nn.ModuleList(moe_block(2) for _ in range(5)), "z": nn.ModuleList([moe_block(1)] * 4)}, 9, "eyes"),
+        ({"norms": nn.ModuleList(nn.LayerNorm(4) for _ in range(4)), "z": nn.ModuleList([moe_block(1)] * 3)}, 4, "z"),
+    ],
+)
+def test_the_list_of_blocks_is_not_one_of_experts_or_of_another_tower(parts, blocks, path):
+    model = Toy(**parts)
+    model.config.num_hidden_layers = blocks
+    stages, note = arch.find_stages(model)
+    assert f"layers of {path} are" in note
+    assert len(stages) == len([m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)])
 
 
 @pytest.mark.parametrize(

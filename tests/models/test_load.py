@@ -142,3 +142,18 @@ def test_tiny_models_depend_on_their_seed_only_and_leave_the_random_state_alone(
         logits = a(torch.arange(3, 20)[None]).logits
     assert logits.isfinite().all()
     assert logits.std() > 0.01, "a model that says nothing tests nothing"
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_is_fetched_and_let_run_only_for_a_model_that_is_trusted(saved, monkeypatch, trusted):
+    """The tokenizer's loader must be told either way: None would ask the user."""
+    asked, told = [], []
+    monkeypatch.setattr(load, "reachable", lambda: True)
+    monkeypatch.setattr(load, "snapshot_download", lambda name, **more: asked.append(more["allow_patterns"]) or saved)
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda folder, **more: told.append(more) or object())
+    load.find("someone/model", trust_remote_code=trusted)
+    assert ("*.py" in asked[0]) == trusted
+    load.read_tokenizer(saved, trust_remote_code=trusted)
+    load.read_tokenizer(saved)
+    load.read_tokenizer(saved, gguf="x.gguf")
+    assert [more["trust_remote_code"] for more in told] == [trusted, False, False]
