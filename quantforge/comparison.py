@@ -233,7 +233,7 @@ def _score(label: str, result: Result, ids: Tensor, reference: Reference, keep: 
         disk_note=note,
         options={"format": str(plan.recipe.weights.with_scale(plan.dtype)), **_options(plan.recipe)},
         layers=tuple(_row(layer) for layer in result.layers),
-        notes=tuple(result.fallbacks()),
+        notes=(*result.fallbacks(), *filter(None, [reference.missing])),
     )
 
 
