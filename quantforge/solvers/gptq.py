@@ -16,7 +16,7 @@ from quantforge.numerics.problem import Problem, QWeight
 from quantforge.numerics.qtensor import QTensor, fit, from_values, quantize
 from quantforge.numerics.ranges import Range
 from quantforge.registry import register
-from quantforge.solvers.sweep import inverse_factor, sweep
+from quantforge.solvers.sweep import check_damping, inverse_factor, sweep
 
 
 @register("solver", "gptq")
@@ -49,10 +49,7 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)
-        if not 0 <= self.damp_percent <= 1:
-            raise ValueError(f"damp_percent must lie between 0 and 1, not {self.damp_percent}; the paper uses 0.01")
-        if self.damping not in ("relative", "mean"):
-            raise ValueError(f"damping is relative or mean, not {self.damping!r}")
+        check_damping(self.damp_percent, self.damping)
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {self.block_size}; 128 is usual")
 

@@ -15,7 +15,7 @@ from quantforge.numerics.problem import Problem, QWeight
 from quantforge.numerics.qtensor import fit, from_values, quantize
 from quantforge.registry import register
 from quantforge.solvers.gptq import choose_rows, refuse_blocks
-from quantforge.solvers.sweep import inverse_factor
+from quantforge.solvers.sweep import check_damping, inverse_factor
 
 LARGEST = 1024  # inputs: the work grows with their cube, for every row
 
@@ -68,10 +68,7 @@ class OBQ:
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)
-        if not 0 <= self.damp_percent <= 1:
-            raise ValueError(f"damp_percent must lie between 0 and 1, not {self.damp_percent}")
-        if self.damping not in ("relative", "mean"):
-            raise ValueError(f"damping is relative or mean, not {self.damping!r}")
+        check_damping(self.damp_percent, self.damping)
 
     def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
         """Return why a layer is too large or its format unfit; None if it can be solved."""

@@ -16,7 +16,7 @@ from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import sparse
 from quantforge.registry import register
 from quantforge.solvers.gptq import refuse_blocks
-from quantforge.solvers.sweep import inverse_factor, sweep
+from quantforge.solvers.sweep import check_damping, inverse_factor, sweep
 
 
 @register("solver", "spqr")
@@ -55,10 +55,7 @@ class SpQR:
             raise ValueError(
                 f"outlier_threshold must be at least 0, not {self.outlier_threshold}; 0.1 to 0.45 is usual"
             )
-        if not 0 <= self.damp_percent <= 1:
-            raise ValueError(f"damp_percent must lie between 0 and 1, not {self.damp_percent}")
-        if self.damping not in ("relative", "mean"):
-            raise ValueError(f"damping is relative or mean, not {self.damping!r}")
+        check_damping(self.damp_percent, self.damping)
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {self.block_size}; 128 is usual")
 

@@ -11,6 +11,14 @@ from torch import Tensor
 _INNER = 16  # columns updated one by one before a small matrix product takes over; speed only
 
 
+def check_damping(damp_percent: float, damping: str) -> None:
+    """Raise ValueError unless these are options that `inverse_factor` knows: a share from 0 to 1, and of what."""
+    if not 0 <= damp_percent <= 1:
+        raise ValueError(f"damp_percent must lie between 0 and 1, not {damp_percent}; the paper uses 0.01")
+    if damping not in ("relative", "mean"):
+        raise ValueError(f"damping is relative or mean, not {damping!r}")
+
+
 @dataclass(frozen=True)
 class Factor:
     """U, upper triangular with UᵀU = (H + D)⁻¹ for a diagonal damping D, and how it was obtained.
