@@ -81,7 +81,10 @@ def compare(
     if keep is not None:
         for label, plan in plans.items():
             check_export(plan, exporters.choose(plan))
-            check_target(Path(keep) / label, overwrite=False, inputs=(source.path,))
+            target = Path(keep) / label
+            if os.path.lexists(target):
+                raise PlanError(271, f"--keep {target} exists; choose another folder, or remove it first.")
+            check_target(target, overwrite=False, inputs=(source.path,))
     tokenizer = loading.tokenizer(source)
     tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=seq_len)
     calib, calib_from = tokens(calibration, "calibration", count=samples, shuffle=shuffle, seed=seed)

@@ -230,3 +230,9 @@ def test_what_is_done_is_not_lost_when_a_later_run_fails(shared, tmp_path, monke
 def test_a_suite_with_options_of_its_own_formats_is_refused():
     with pytest.raises(RecipeError, match=r"QF-221.*'weights-3bit'"):
         quantforge.compare(TINY, methods=["weights-3bit"], group_size=32)
+
+
+def test_a_checkpoint_that_is_kept_already_is_refused_by_the_option_that_named_it(tmp_path):
+    (tmp_path / "rtn-int4-g64-asym").mkdir()
+    with pytest.raises(PlanError, match=r"QF-271.*--keep .*rtn-int4-g64-asym exists"):
+        quantforge.compare(TINY, methods=["rtn"], seq_len=64, keep=tmp_path)
