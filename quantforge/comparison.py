@@ -21,8 +21,10 @@ from quantforge.evaluation.perplexity import Reference, Score
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.exporters.native import Native
 from quantforge.memory import in_use
-from quantforge.models import arch
+from quantforge.models import arch, moe
 from quantforge.models import load as loading
+from quantforge.numerics.blocks import Flat
+from quantforge.numerics.formats import Format
 from quantforge.pipeline import Layer
 from quantforge.plan import Plan, check_export, make
 from quantforge.progress import bar
@@ -120,7 +122,7 @@ def compare(
         if needed is None:  # once more, unclocked, to learn what its rounding does to the layers' outputs
             _restore(built, originals)
             result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib)))
-        runs.append(_score(label, result, ids, reference, None if keep is None else Path(keep)))
+        runs.append(_score(label, result, source, ids, reference, None if keep is None else Path(keep)))
         del result  # its codes would count as the next run's memory
         if out is not None:  # what is done is not lost, whatever becomes of the runs to come
             write_text(Path(out) / "report.json", record.to_json(so_far()))
@@ -218,7 +220,9 @@ def _float_run(score: Score, skeleton: nn.Module, source: loading.Source) -> Run
     )
 
 
-def _score(label: str, result: Result, ids: Tensor, reference: Reference, keep: Path | None) -> Run:
+def _score(
+    label: str, result: Result, source: loading.Source, ids: Tensor, reference: Reference, keep: Path | None
+) -> Run:
     with bar(f"{label}: perplexity", len(ids)) as step:
         score = perplexity.evaluate(result.model, ids, reference, progress=lambda loss: step(f"loss {loss:.3f}"))
     size, note = _save(label, result, keep)
@@ -236,7 +240,19 @@ def _score(label: str, result: Result, ids: Tensor, reference: Reference, keep: 
         disk_note=note,
         options={"format": str(plan.recipe.weights.with_scale(plan.dtype)), **_options(plan.recipe)},
         layers=tuple(_row(layer) for layer in result.layers),
-        notes=(*result.fallbacks(), *filter(None, [reference.missing])),
+        notes=(*result.fallbacks(), *filter(None, [reference.missing, _bias(plan.recipe.weights, source)])),
+    )
+
+
+def _bias(fmt: Format, source: loading.Source) -> str | None:
+    """Say so if a format can hit the very values that the float model was dequantized from."""
+    if source.lattice is None or fmt.grid.bits != source.lattice[0]:
+        return None
+    size = fmt.block.size if isinstance(fmt.block, Flat) else fmt.block[1]
+    if size is None or size > source.lattice[1]:
+        return None
+    return (
+        f"base-biased: the float model itself was stored in {source.lattice[0]} bits in blocks of {source.lattice[1]}"
     )
 
 
@@ -284,5 +300,5 @@ def _row(layer: Layer) -> LayerRow:
         bits_per_weight=layer.weight.nbits / base.codes.numel(),
         loss=layer.loss,
         relative_loss=layer.relative_loss,
-        notes=dict(layer.weight.notes),
+        notes={**layer.weight.notes, **({"tokens": layer.tokens} if moe.expert_of(layer.name) else {})},
     )

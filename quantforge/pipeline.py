@@ -158,7 +158,7 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
             fields = gathered.pop(index).fields()
             weights = [arch.get_weight(model.get_submodule(name)) for name in names]
             weight = torch.cat([_balanced(w, fields["hessian"]) for w in weights])
-            fmt = plan.layers[names[0]].format
+            fmt = min((plan.layers[name].format for name in names), key=lambda f: f.grid.bits)  # they share the scales
             problem = Problem(" + ".join(names), weight, fmt, **fields)
             chosen.append((folds[index], transform.scales(problem, folds[index].tie)))
     for group, scales in chosen:

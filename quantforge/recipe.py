@@ -145,6 +145,7 @@ class Wish:
     symmetric: bool | None = None
     settings: dict[str, Any] | None = None
     format: str | None = None
+    overrides: dict[str, dict[str, Any]] | None = None
 
     def recipe(self) -> Recipe:
         """Return the recipe that is asked for."""
@@ -154,13 +155,16 @@ class Wish:
             group_size=self.group_size,
             symmetric=self.symmetric,
             settings=self.settings,
+            overrides=self.overrides,
         )
         return replace(chosen, weights=parse(self.format)) if self.format else chosen
 
     @property
     def label(self) -> str:
-        """Return the recipe's label with the settings that set it apart."""
+        """Return the recipe's label with the settings and overrides that set it apart."""
         extra = [f"{key.rpartition('.')[2]}={value}" for key, value in (self.settings or {}).items()]
+        for pattern, wish in (self.overrides or {}).items():
+            extra.append(f"{pattern}={','.join(map(str, wish.values()))}")
         return " ".join([self.recipe().label, *extra])
 
 

@@ -222,6 +222,7 @@ def to_markdown(report: Report) -> str:
         table=Markup(_table(report, marks)),
         footnotes=notes,
         losses=Markup(_losses(report)),
+        experts=Markup(_experts(report)),
         command=command,
     )
 
@@ -236,9 +237,39 @@ def _losses(report: Report) -> str:
     return _grid([Markup("method"), *map(escape_markdown, kinds)], rows) if rows else ""
 
 
+def _experts(report: Report) -> str:
+    """Return `experts` as a Markdown table; empty if there are none."""
+    rows = [[Markup(cell) for cell in row] for row in experts(report)]
+    return _grid([Markup(heading) for heading in EXPERT_COLUMNS], rows) if rows else ""
+
+
 def _mean_loss(run: Run, kind: str) -> float:
     losses = [layer.relative_loss for layer in run.layers if layer.kind == kind]
     return math.fsum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else math.nan
+
+
+def experts(report: Report) -> list[list[str]]:
+    """Return a row for each block of experts: how many, and the calibration tokens that they saw.
+
+    Of the first run that says; empty for models without experts.
+    """
+    for run in report.runs:
+        seen: dict[int, dict[str, int]] = {}
+        for layer in run.layers:
+            tokens = layer.notes.get("tokens")
+            if isinstance(tokens, int) and layer.block is not None:
+                seen.setdefault(layer.block, {})[layer.name.rpartition(".")[0]] = tokens
+        if seen:
+            return [_expert_row(block, sorted(found.values())) for block, found in sorted(seen.items())]
+    return []
+
+
+EXPERT_COLUMNS = ("block", "experts", "fewest tokens", "median", "most", "without any")
+
+
+def _expert_row(block: int, tokens: list[int]) -> list[str]:
+    cells = (block, len(tokens), tokens[0], tokens[len(tokens) // 2], tokens[-1], tokens.count(0))
+    return [f"{cell:,}" for cell in cells]
 
 
 def to_html(report: Report) -> str:
@@ -273,6 +304,8 @@ def to_html(report: Report) -> str:
         joined=any(len(members) > 1 for members in plots.perplexity_series(runs).values()),
         left_out=_left_out(runs),
         layers=_layers(report),
+        experts=experts(report),
+        expert_columns=EXPERT_COLUMNS,
         drawings=drawings,
         record=Markup(record) if len(record) <= MOST_RECORD else None,
     )

@@ -31,9 +31,9 @@ def report() -> record.Report:
 
 
 def test_every_claim_is_about_runs_of_the_suites(report):
-    text = claims.table(report)
-    assert "Not in this report" not in text
-    assert text.count("\n") == len(claims.CLAIMS) + 1
+    found, missing = claims.rows(report)
+    assert not missing
+    assert len(found) == len(claims.claims(3)) + len(claims.claims(4)) + len(claims.ONCE)
 
 
 def test_a_claim_passes_by_its_numbers_only(report):
@@ -41,12 +41,31 @@ def test_a_claim_passes_by_its_numbers_only(report):
     for perplexity, verdict in ((1.0, "| pass |"), (1000.0, "**not met**")):
         runs = tuple(replace(r, perplexity=perplexity) if r.label == label else r for r in report.runs)
         (row,) = [
-            x
-            for x in claims.table(replace(report, runs=runs)).splitlines()
-            if "better than RTN at 3" in x and "hqq" in x
+            x for x in claims.rows(replace(report, runs=runs))[0] if x.startswith("| hqq | 3 bits: better than RTN |")
         ]
         assert verdict in row
         assert f"{perplexity:.3f}" in row
+
+
+def test_a_claim_on_one_layer_reads_the_losses_of_that_layer(report):
+    runs = {r.label: r for r in report.runs}
+    better, worse = runs["gptq-int3-g64-asym"], runs["rtn-int3-g64-asym"]
+    layers = [replace(r, relative_loss=0.5 if r.name == claims.SMALL_LAYER else 9.0) for r in better.layers]
+    better = replace(better, layers=tuple(layers))
+    worse = replace(worse, layers=tuple(replace(r, relative_loss=0.6) for r in worse.layers))
+    check = claims.loses_less("a", "b", claims.SMALL_LAYER)
+    assert check({"a": better, "b": worse})[0]
+    assert not check({"a": worse, "b": better})[0]
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.9, "| pass |"), (2.1, "**not met**")])
+def test_what_lorc_adds_is_counted_without_gptq_itself(ratio, verdict):
+    info = {"ratio": ratio, "seconds": 10 * ratio, "gptq_seconds": 10.0}
+    (row,) = claims.speed_rows(
+        [{"params": {"method": "gptq+lorc"}, "extra_info": info}, {"params": {}, "extra_info": {}}]
+    )
+    assert verdict in row
+    assert f"{ratio - 1:.2f} x" in row
 
 
 def test_a_line_between_two_runs_is_read_at_the_bits_of_the_third(report):
@@ -61,6 +80,6 @@ def test_a_line_between_two_runs_is_read_at_the_bits_of_the_third(report):
 
 def test_a_claim_without_its_run_is_named(report):
     runs = tuple(r for r in report.runs if not r.label.startswith("spqr"))
-    text = claims.table(replace(report, runs=runs))
-    assert "Not in this report: spqr: 3-bit base" in text
+    text = claims.page(replace(report, runs=runs), [])
+    assert "\n- spqr, 3-bit base" in text.partition("Not in this report")[2]
     assert "(no run 'spqr-int3-g16-asym-dq')" in text

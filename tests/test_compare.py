@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import quantforge
 from quantforge import api, checkpoint, record, report
@@ -14,6 +16,7 @@ from quantforge.calibrate import corpus
 from quantforge.errors import PlanError, RecipeError
 from quantforge.memory import PeakMemory
 from quantforge.models import load as loading
+from quantforge.models import tiny
 from quantforge.record import Report, Run
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
@@ -236,3 +239,30 @@ def test_a_checkpoint_that_is_kept_already_is_refused_by_the_option_that_named_i
     (tmp_path / "rtn-int4-g64-asym").mkdir()
     with pytest.raises(PlanError, match=r"QF-271.*--keep .*rtn-int4-g64-asym exists"):
         quantforge.compare(TINY, methods=["rtn"], seq_len=64, keep=tmp_path)
+
+
+def test_tokens_of_experts_are_in_the_report(shared, tmp_path):
+    model = tiny.make("mixtral", dtype=torch.bfloat16, vocab_size=259)
+    model.save_pretrained(tmp_path / "model")
+    loading.tokenizer(loading.find(str(TINY))).save_pretrained(tmp_path / "model")
+    few = {**shared, "samples": 4, "windows": 2, "data": shared["calibration"]}
+    found = quantforge.compare(tmp_path / "model", methods=["gptq"], group_size=32, symmetric=True, **few)
+    counts = [row.notes["tokens"] for row in found.runs[1].layers if ".experts." in row.name]
+    assert len(counts) == 2 * 4 * 3
+    assert sum(counts) == 3 * 2 * 2 * 4 * LENGTH  # three layers an expert, two experts a token, two blocks
+    assert [row[:2] for row in report.experts(found)] == [["0", "4"], ["1", "4"]]
+    assert not any("tokens" in row.notes for row in found.runs[1].layers if ".experts." not in row.name)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "lattice", "marked"),
+    [(32, (4, 32), True), (16, (4, 32), True), (64, (4, 32), False), (32, (3, 32), False), (32, None, False)],
+)
+def test_rows_that_can_hit_the_values_of_the_models_own_file_are_marked(
+    group_size, lattice, marked, shared, monkeypatch
+):
+    find = loading.find
+    monkeypatch.setattr(loading, "find", lambda *a, **k: replace(find(*a, **k), lattice=lattice))
+    few = {**shared, "samples": 2, "windows": 2}
+    run = quantforge.compare(TINY, methods=["rtn"], group_size=group_size, **few).runs[1]
+    assert any(note.startswith("base-biased: ") for note in run.notes) == marked

@@ -722,3 +722,19 @@ def test_three_files_are_written_and_nothing_else(tmp_path: Path) -> None:
     assert from_json((tmp_path / "report.json").read_text(encoding="utf-8")) == made
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == to_html(made)
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == to_markdown(made)
+
+
+def test_tokens_of_experts_are_told_by_block_in_both_documents() -> None:
+    def expert(block: int, index: int, kind: str, tokens: int) -> LayerRow:
+        name = f"model.layers.{block}.mlp.experts.{index}.{kind}"
+        return dataclasses.replace(layer(kind, block), name=name, notes={"tokens": tokens})
+
+    counts = {0: (0, 12_345, 7, 900), 3: (5, 0, 0, 1)}
+    rows = tuple(expert(b, i, k, n) for b, seen in counts.items() for i, n in enumerate(seen) for k in ("w1", "w2"))
+    made = a_report(a_run("fp", None, 10.0), a_run(layers=(layer(), *rows)))
+    assert report.experts(made) == [["0", "4", "0", "900", "12,345", "1"], ["3", "4", "0", "1", "5", "2"]]
+    table = report.to_markdown(made).partition("## Calibration tokens of each expert")[2]
+    assert re.sub(" +", " ", table).count("| 0 | 4 | 0 | 900 | 12,345 | 1 |") == 1
+    assert ">12,345<" in report.to_html(made)
+    for document in (report.to_markdown(a_report()), report.to_html(a_report())):
+        assert "each expert" not in document

@@ -1,14 +1,17 @@
 """The claims of the weight methods, row by row, from a report of `quantforge compare`: passed, or the honest number.
 
-    python tools/claims.py reports/all-weights/report.json > reports/all-weights/claims.md
+    python tools/claims.py reports/all-weights/report.json reports/raw/speed.json > reports/all-weights/claims.md
 
-A claim whose runs the report lacks is left out, and named at the end.
+A claim whose runs the report lacks is named at the end. The claims on speed come from `make bench`, the second file,
+which may be left out.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantforge import record
 from quantforge.record import Report, Run
@@ -73,86 +76,128 @@ def near(label: str, value: float, share: float) -> Callable[[Runs], tuple[bool,
     return check
 
 
-def at_most(label: str, times: float, of: str, less: str | None = None) -> Callable[[Runs], tuple[bool, str]]:
-    """Claim that a run took at most `times` the seconds of the run `of`, those of `less` taken off first."""
+def loses_less(better: str, worse: str, layer: str) -> Callable[[Runs], tuple[bool, str]]:
+    """Claim that one layer loses less of its output in the run `better` than in `worse`."""
 
     def check(runs: Runs) -> tuple[bool, str]:
-        seconds = runs[label].seconds - (runs[less].seconds if less else 0.0)
-        ratio = seconds / runs[of].seconds
-        return ratio <= times, f"{ratio:.2f} x ({seconds:.1f} s of {runs[of].seconds:.1f} s)"
+        a, b = (next(row for row in runs[name].layers if row.name == layer) for name in (better, worse))
+        return a.relative_loss < b.relative_loss, f"{a.relative_loss:.3e} against {b.relative_loss:.3e} in {layer}"
 
     return check
 
 
-G3, G4 = "int3-g64-asym", "int4-g64-asym"
-CLAIMS = (
+def claims(bits: int) -> list[Claim]:
+    """Return the claims on perplexity at one width, groups of 64."""
+    g = f"int{bits}-g64-asym"
+    return [
+        Claim("awq", "better than RTN with the same range rule", below(f"awq-{g}", f"rtn-{g} range=hessian")),
+        Claim("awq", "better than RTN", below(f"awq-{g}", f"rtn-{g}")),
+        Claim("awq", "AWQ then GPTQ beside either alone", beside(f"awq+gptq-{g}", f"awq-{g}", f"gptq-{g}")),
+        Claim("gptq", "better than RTN with the best range rule", below(f"gptq-{g}", f"rtn-{g} range=hessian")),
+        Claim("gptaq", "not worse than GPTQ", below(f"gptaq-{g}", f"gptq-{g}", 1.0 + 1e-9)),
+        Claim("lwc", "trained ranges are better than min-max", below(f"lwc-{g}", f"rtn-{g}")),
+        Claim("lorc", "RTN improves at rank 8", below(f"rtn+lorc-{g} rank=8", f"rtn-{g}")),
+        Claim("lorc", "and more at rank 32", below(f"rtn+lorc-{g} rank=32", f"rtn+lorc-{g} rank=8")),
+        Claim("lorc", "GPTQ improves at rank 8", below(f"gptq+lorc-{g} rank=8", f"gptq-{g}")),
+        Claim("lorc", "and more at rank 32", below(f"gptq+lorc-{g} rank=32", f"gptq+lorc-{g} rank=8")),
+        Claim(
+            "lorc",
+            "whitened at least as good as plain, rank 32",
+            below(f"gptq+lorc-{g} rank=32", f"gptq+lorc-{g} rank=32 whiten=False", 1.0 + 1e-9),
+        ),
+        Claim("hqq", "better than RTN", below(f"hqq-{g}", f"rtn-{g}")),
+        Claim(
+            "hqq", "better than RTN in the same blocks", below(f"hqq-int{bits}-b64x1-asym", f"rtn-int{bits}-b64x1-asym")
+        ),
+        *(
+            Claim(
+                "spare",
+                f"1 % of channels picked by activation beat those picked {by}",
+                below(f"spare-{g} pick=activation", f"spare-{g} pick={pick}"),
+            )
+            for pick, by in (("weight", "by weight"), ("random", "at random"))
+        ),
+        Claim(
+            "obq",
+            "loses less than GPTQ in the layer it is used for",
+            loses_less(f"gptq-{g} {SMALL_LAYER}=obq", f"gptq-{g}", SMALL_LAYER),
+        ),
+    ]
+
+
+SMALL_LAYER = "model.layers.0.self_attn.k_proj"
+ONCE = [  # at widths of their own
     Claim("nf4", "perplexity 37.597 on the standard setting", near("nf4-nf4-f64-dq", 37.597, 0.0005)),
     Claim("nf4", "beats 4-bit absmax rounding at equal bits", below("nf4-nf4-f64-dq", "rtn-int4-f64-sym-dq")),
-    Claim("awq", "3 bits: better than RTN with the same range rule", below(f"awq-{G3}", f"rtn-{G3} range=hessian")),
-    Claim("awq", "3 bits: better than RTN", below(f"awq-{G3}", f"rtn-{G3}")),
-    Claim("awq", "3 bits: AWQ then GPTQ beside either alone", beside(f"awq+gptq-{G3}", f"awq-{G3}", f"gptq-{G3}")),
-    Claim("awq", "4 bits: better than RTN with the same range rule", below(f"awq-{G4}", f"rtn-{G4} range=hessian")),
-    Claim("gptaq", "not worse than GPTQ at 3 bits", below(f"gptaq-{G3}", f"gptq-{G3}", 1.0 + 1e-9)),
     Claim(
         "spqr",
         "3-bit base at about 3.9 bits: below GPTQ at the same bits",
         interpolated("spqr-int3-g16-asym-dq", "gptq-int3-g32-asym", "gptq-int3-g16-asym"),
     ),
-    Claim("lorc", "RTN at 3 bits improves at rank 8", below(f"rtn+lorc-{G3} rank=8", f"rtn-{G3}")),
-    Claim("lorc", "and more at rank 32", below(f"rtn+lorc-{G3} rank=32", f"rtn+lorc-{G3} rank=8")),
-    Claim("lorc", "GPTQ at 3 bits improves at rank 8", below(f"gptq+lorc-{G3} rank=8", f"gptq-{G3}")),
-    Claim("lorc", "and more at rank 32", below(f"gptq+lorc-{G3} rank=32", f"gptq+lorc-{G3} rank=8")),
-    Claim(
-        "lorc",
-        "whitened at least as good as plain, rank 32",
-        below(f"gptq+lorc-{G3} rank=32", f"gptq+lorc-{G3} rank=32 whiten=False", 1.0 + 1e-9),
-    ),
-    Claim("hqq", "better than RTN at 3 bits", below(f"hqq-{G3}", f"rtn-{G3}")),
-    Claim(
-        "spare",
-        "columns picked by activation beat those picked by weight",
-        below(f"spare-{G3} pick=activation", f"spare-{G3} pick=weight"),
-    ),
-    Claim("spare", "and those picked at random", below(f"spare-{G3} pick=activation", f"spare-{G3} pick=random")),
-    Claim("awq", "at most 2.5 x the time of GPTQ", at_most(f"awq-{G3}", 2.5, f"gptq-{G3}")),
-    Claim("spqr", "at most 2.5 x the time of GPTQ", at_most("spqr-int3-g16-asym-dq", 2.5, f"gptq-{G3}")),
-    Claim(
-        "lorc",
-        "adds at most 1 x the time of GPTQ",
-        at_most(f"gptq+lorc-{G3} rank=8", 1.0, f"gptq-{G3}", less=f"gptq-{G3}"),
-    ),
-    Claim("nf4", "at most 0.4 x the time of GPTQ", at_most("nf4-nf4-f64-dq", 0.4, f"gptq-{G3}")),
-    Claim("hqq", "at most 0.4 x the time of GPTQ", at_most(f"hqq-{G3}", 0.4, f"gptq-{G3}")),
-)
+]
+# method: what it may take, in multiples of GPTQ, and whether GPTQ's own seconds are part of what is timed
+SPEED = {
+    "awq": ("at most 2.5 x the time of GPTQ", 2.5, 0),
+    "spqr": ("at most 2.5 x the time of GPTQ", 2.5, 0),
+    "gptq+lorc": ("adds at most 1 x the time of GPTQ", 1.0, 1),
+    "nf4": ("at most 0.4 x the time of GPTQ", 0.4, 0),
+    "hqq": ("at most 0.4 x the time of GPTQ", 0.4, 0),
+}
 
 
 VERDICTS = {True: "pass", False: "**not met**", None: "reported"}
 
 
-def table(report: Report) -> str:
-    """Return a row a claim as Markdown, with what was measured."""
+def rows(report: Report) -> tuple[list[str], list[str]]:
+    """Return a row a claim as Markdown, with what was measured; and the claims that the report does not speak of."""
     runs = {run.label: run for run in report.runs}
-    lines = ["| method | claim | measured | |", "| --- | --- | --- | --- |"]
-    missing = []
-    for claim in CLAIMS:
+    found, missing = [], []
+    widths = [(bits, claim) for bits in (4, 3) for claim in claims(bits)]
+    for bits, claim in [*widths, *((None, claim) for claim in ONCE)]:
+        says = f"{bits} bits: {claim.says}" if bits else claim.says
         try:
             passed, numbers = claim.check(runs)
         except KeyError as error:
-            missing.append(f"{claim.method}: {claim.says} (no run {error.args[0]!r})")
+            missing.append(f"{claim.method}, {says} (no run {error.args[0]!r})")
             continue
-        lines.append(f"| {claim.method} | {claim.says} | {numbers} | {VERDICTS[passed]} |")
-    lines += ["", "Not in this report: " + "; ".join(missing) + "."] if missing else []
-    return "\n".join(lines)
+        found.append(f"| {claim.method} | {says} | {numbers} | {VERDICTS[passed]} |")
+    return found, missing
 
 
-def page(report: Report) -> str:
+def speed_rows(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """Return a row a claim on speed, from the record of `make bench`."""
+    ratios = {b["params"]["method"]: b["extra_info"] for b in benchmarks if "ratio" in b["extra_info"]}
+    found = []
+    for method, (says, most, own) in SPEED.items():
+        if method in ratios:
+            info = ratios[method]
+            ratio = info["ratio"] - own
+            numbers = f"{ratio:.2f} x ({info['seconds']:.1f} s beside {info['gptq_seconds']:.1f} s)"
+            found.append(f"| {method} | {says} | {numbers} | {VERDICTS[ratio <= most]} |")
+    return found
+
+
+def page(report: Report, benchmarks: list[dict[str, Any]]) -> str:
     """Return the claims with where they come from."""
-    return (
-        f"# Claims of the weight methods\n\n{report.model}; perplexities and seconds of [the report](report.md), made "
-        f"by `{report.command}`.\n\n"
-        f"{table(report)}\n"
-    )
+    found, missing = rows(report)
+    speed = speed_rows(benchmarks)
+    source = f"{report.model}; perplexities and losses of [the report](report.md), made by `{report.command}`"
+    source += "; speed by `make bench` on the demo model." if speed else "."
+    lines = [
+        "# Claims of the weight methods",
+        "",
+        source,
+        "",
+        "| method | claim | measured | |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [*found, *speed]
+    if missing:
+        lines += ["", "Not in this report:", "", *(f"- {claim}" for claim in missing)]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    print(page(record.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")
+    made = record.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    timed = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))["benchmarks"] if len(sys.argv) > 2 else []
+    print(page(made, timed), end="")

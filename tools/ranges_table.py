@@ -7,6 +7,7 @@ rounds every linear layer of the model to 8 bits under each rule (rules that loo
 """
 
 import argparse
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +39,25 @@ def weight_error(source: load.Source, ids: torch.Tensor, rule: str, notation: st
     return error / sum(float(w.double().square().sum()) for w in before.values())
 
 
-def table(cells: dict[tuple[str, str], str]) -> str:
-    """Return cells by (granularity, rule) as a Markdown table."""
+def table(values: dict[tuple[str, str], float], spec: str) -> str:
+    """Return values by (granularity, rule) as a Markdown table."""
     lines = ["| granularity | " + " | ".join(RULES) + " |", "| --- |" + " ---: |" * len(RULES)]
-    return "\n".join([*lines, *(f"| {g} | " + " | ".join(cells[g, r] for r in RULES) + " |" for g in GRANULARITIES)])
+    return "\n".join(
+        [*lines, *(f"| {g} | " + " | ".join(format(values[g, r], spec) for r in RULES) + " |" for g in GRANULARITIES)]
+    )
+
+
+def verdict(values: dict[tuple[str, str], float]) -> str:
+    """Say whether each finer granularity has the lower value under every rule, and where it has not."""
+    steps = list(itertools.pairwise(GRANULARITIES))
+    worse = [
+        f"{fine} than {coarse} under {r}"
+        for r in RULES
+        for coarse, fine in steps
+        if values[fine, r] >= values[coarse, r]
+    ]
+    of = len(steps) * len(RULES)
+    return f"**not met** in {len(worse)} of {of} steps: {', '.join(worse)}" if worse else f"pass in all {of} steps"
 
 
 def main() -> None:
@@ -55,18 +71,22 @@ def main() -> None:
     ids = corpus.windows(corpus.load_text(o.text, "calibration"), load.tokenizer(source), SEQ_LEN, SAMPLES).ids
     found = record.from_json(o.report.read_text(encoding="utf-8"))
     perplexity = {run.label: run.perplexity for run in found.runs}
-    errors, perplexities = {}, {}
+    errors: dict[tuple[str, str], float] = {}
+    perplexities: dict[tuple[str, str], float] = {}
     for granularity, notation in GRANULARITIES.items():
         for rule in RULES:
-            errors[granularity, rule] = f"{weight_error(source, ids, rule, notation.format(8)):.3e}"
+            errors[granularity, rule] = weight_error(source, ids, rule, notation.format(8))
             short = parse(notation.format(4)).short
             label = f"lwc-{short}" if rule == "learned" else f"rtn-{short} range={rule}"
-            perplexities[granularity, rule] = f"{perplexity[label]:.2f}"
+            perplexities[granularity, rule] = perplexity[label]
     text = (
         f"# Granularity and range rule\n\n{found.model}. Rounding to nearest, asymmetric.\n\n"
-        f"Relative squared error of the weights in 8 bits:\n\n{table(errors)}\n\n"
+        f"Relative squared error of the weights in 8 bits:\n\n{table(errors, '.3e')}\n\n"
+        f"Each finer granularity is better: {verdict(errors)}.\n\n"
         f"Perplexity in 4 bits, from [the report](ranges/report.md), made by `{found.command}`:\n\n"
-        f"{table(perplexities)}\n\nMade by `python tools/ranges_table.py MODEL TEXT.txt --report "
+        f"{table(perplexities, '.2f')}\n\n"
+        f"Each finer granularity is better: {verdict(perplexities)}.\n\n"
+        "Made by `python tools/ranges_table.py MODEL TEXT.txt --report "
         "reports/ranges/report.json --out reports/ranges.md`.\n"
     )
     o.out.write_text(text, encoding="utf-8")

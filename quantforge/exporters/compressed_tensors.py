@@ -51,7 +51,7 @@ class CompressedTensors:
                 "Conv1D; quantize in memory from Python, or use `quantforge compare`, which needs no checkpoint."
             )
         for p in plan.layers.values():
-            if not _plain(p.format) or p.format.block[0] != 1:  # type: ignore[index]
+            if not _plain(p.format):
                 return (
                     f"compressed-tensors cannot hold {p.format} of {p.name}; int2 to int8 by group or channel it can."
                 )
@@ -130,7 +130,7 @@ class CompressedTensors:
 
 def _plain(fmt: Format) -> bool:
     scaled = isinstance(fmt.scale, torch.dtype) and fmt.zero is None and not fmt.centered
-    return isinstance(fmt.grid, IntGrid) and scaled and not isinstance(fmt.block, Flat)
+    return isinstance(fmt.grid, IntGrid) and scaled and not isinstance(fmt.block, Flat) and fmt.block[0] == 1
 
 
 def _columns(fmt: Format) -> int | None:

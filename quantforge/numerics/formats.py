@@ -111,8 +111,6 @@ NAMED = {
     "fp4": Format(grids.bnb_fp4(), Flat(64), True),
     "fp4-dq": Format(grids.bnb_fp4(), Flat(64), True, _DOUBLE),
     "hqq3-g64": Format(grids.int_grid(3), (1, 64), zero=torch.float32),
-    "hqq3-b64": Format(grids.int_grid(3), (64, 1), zero=torch.float32),
-    "int3-b64": Format(grids.int_grid(3), (64, 1)),
     "spqr3-g16": Format(grids.int_grid(3), (1, 16), scale=_BILEVEL, zero=_BILEVEL),
 }
 
@@ -121,21 +119,25 @@ def parse(text: str) -> Format:
     """Read a notation such as `int4-g64-asym`, `nf4-g64` or `int8-channel-sym-bf16`, or a name; ValueError if it is
     none.
 
-    The forms are GRID-(gN|fN|channel|token|tensor)[-sym|-asym][-fp32|-bf16|-fp16][-zero-DTYPE], where GRID is intB,
-    nfK or another of `quantforge formats`; symmetric and fp32 if left out. The names are those of `NAMED`.
+    The forms are GRID-(gN|fN|bNxM|channel|token|tensor)[-sym|-asym][-fp32|-bf16|-fp16][-zero-DTYPE], where GRID is
+    intB, nfK or another of `quantforge formats`; symmetric and fp32 if left out. The names are those of `NAMED`.
     """
     if text in NAMED:
         return NAMED[text]
     m = re.fullmatch(
-        r"([a-z]+[a-z0-9]*)-(?:g([1-9]\d*)|f([1-9]\d*)|(channel|token|tensor))"
+        r"([a-z]+[a-z0-9]*)-(?:g([1-9]\d*)|f([1-9]\d*)|b([1-9]\d*)x([1-9]\d*)|(channel|token|tensor))"
         r"(?:-(sym|asym))?(?:-(fp32|bf16|fp16))?(?:-zero-(fp32|bf16|fp16))?",
         text,
     )
     grid = grids.find(m[1]) if m else None
     if not m or grid is None:
         raise ValueError(f"{text!r} is no format; write for example int4-g64-asym, int8-channel-sym or nf4-g64")
-    _, group, flat, whole, kind, scale, zero = m.groups()
-    block: Block = Flat(int(flat)) if flat else (1, int(group)) if group else (None if whole == "tensor" else 1, None)
+    _, group, flat, rows, cols, whole, kind, scale, zero = m.groups()
+    block: Block = (None if whole == "tensor" else 1, None)
+    if flat:
+        block = Flat(int(flat))
+    elif group or rows:
+        block = (int(rows or 1), int(group or cols))
     symmetric = kind != "asym" if kind else True
     if symmetric and zero:
         raise ValueError(f"{text!r} is no format: what is symmetric has no zero points")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ class AWQ:
 
     steps  how many values of r above 0 and up to 1 are tried; the paper has 20 without the second kind of scales
     duo    try the scales that also look at the weights
-    range  the range rule that the search rounds with
+    range  the range rule that the search rounds with; it should be the solver's, or the scales suit another rounding
+    rows   of the weights that the search looks at, evenly spread; -1 is all
     """
 
     steps: int = 10
     duo: bool = True
-    range: str = "minmax"
+    range: str = "hessian"
+    rows: int = 256
 
     needs = ("hessian", "magnitude")
 
@@ -41,6 +43,8 @@ class AWQ:
         ranges.rule(self.range)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}; 20 is usual")
+        if self.rows < 1 and self.rows != -1:
+            raise ValueError(f"rows must be at least 1, or -1 for all, not {self.rows}")
 
     def scales(self, problem: Problem, tie: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the scales [in] with the least loss, with geometric mean of largest and smallest 1."""
@@ -51,12 +55,19 @@ class AWQ:
         if not bool((magnitude > 0).any()):
             return one
         magnitude = magnitude / magnitude.mean()  # what is measured in other units is scaled alike
+        problem = replace(problem, weight=self._sample(problem))
         best, least = one, self._loss(problem, one)
         for candidate in self._candidates(magnitude, tie(_relative_size(problem))):
             loss = self._loss(problem, candidate)
             if loss < least:
                 best, least = candidate, loss
         return best
+
+    def _sample(self, problem: Problem) -> Tensor:
+        """Return about `rows` rows of the weight, evenly spread; all where blocks reach across rows."""
+        weight = problem.weight
+        alone = problem.format.row_unit == 1
+        return weight[:: max(len(weight) // self.rows, 1)] if alone and self.rows > 0 else weight
 
     def _candidates(self, magnitude: Tensor, size: Tensor) -> list[Tensor]:
         found = []

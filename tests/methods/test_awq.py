@@ -29,7 +29,7 @@ def alone(x):
     return x
 
 
-def loss(p, scales, range="minmax"):
+def loss(p, scales, range="hessian"):
     """Return the layer's loss when its weight is rounded with `scales`."""
     h = p.hessian / torch.outer(scales, scales)
     scaled = Problem("layer", p.weight * scales, p.format, h)
@@ -110,6 +110,19 @@ def test_the_search_rounds_with_the_range_rule_it_is_given(problem, rule):
         assert own <= loss(p, AWQ().scales(p, alone), rule) * (1 + 1e-4)
 
 
+def test_a_sample_of_the_rows_keeps_most_of_what_all_of_them_gain(problem):
+    sampled, every = 0.0, 0.0
+    for seed in range(5):
+        p = problem("int3-g16-asym", 96, 48, seed, "heavy", "outliers")
+        alike = AWQ(rows=96).scales(p, alone)
+        assert torch.equal(alike, AWQ(rows=-1).scales(p, alone))
+        assert torch.equal(AWQ(rows=24).scales(p, alone), AWQ(rows=-1).scales(replace(p, weight=p.weight[::4]), alone))
+        sampled += loss(p, AWQ(rows=24).scales(p, alone)) / loss(p, torch.ones(48))
+        every += loss(p, alike) / loss(p, torch.ones(48))
+    assert every <= sampled
+    assert 5 - sampled > 0.7 * (5 - every)
+
+
 def test_without_any_input_it_leaves_the_layer_alone(problem):
     p = problem()
     none = replace(p, hessian=p.hessian * 0, magnitude=p.magnitude * 0)
@@ -127,7 +140,11 @@ def test_ties_are_made_before_the_search_so_that_tied_scales_are_the_best_tied_o
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"steps": 0}, "at least 1, not 0; 20 is usual"), ({"range": "best"}, "no range rule is called 'best'")],
+    [
+        ({"steps": 0}, "at least 1, not 0; 20 is usual"),
+        ({"range": "best"}, "no range rule is called 'best'"),
+        ({"rows": 0}, "rows must be at least 1, or -1"),
+    ],
 )
 def test_options_out_of_range_are_refused(options, said):
     with pytest.raises(ValueError, match=said):

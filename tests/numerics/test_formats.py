@@ -68,6 +68,7 @@ def test_a_short_last_group_costs_a_whole_scale():
     [
         *("nf4-f64", "nf3-g16-sym-fp16", "e2m1-g16-sym-bf16", "fp4-channel-sym-fp32", "int4-f10-asym-fp32"),
         *("int3-g16-asym-fp16-zero-fp16", "int4-channel-asym-bf16-zero-fp32", "dynamic8-f256-sym-fp32"),
+        *("int3-b64x1-asym-fp32-zero-fp32", "e4m3-b128x128-sym-fp32"),
     ],
 )
 def test_tables_flat_blocks_and_real_zero_points_have_a_notation_too(text):
@@ -77,7 +78,17 @@ def test_tables_flat_blocks_and_real_zero_points_have_a_notation_too(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["nf4-g64-asym", "fp4-channel-asym", "nf1-g64", "nf4-f0", "int4-g64-zero-int8", "custom-g64"]
+    "text",
+    [
+        "int4-b0x1-asym",
+        "int4-b64-asym",
+        "nf4-g64-asym",
+        "fp4-channel-asym",
+        "nf1-g64",
+        "nf4-f0",
+        "int4-g64-zero-int8",
+        "custom-g64",
+    ],
 )
 def test_tables_have_no_zero_points_and_names_must_be_known(text):
     with pytest.raises(ValueError, match=f"^'{text}' is no format"):
