@@ -149,6 +149,7 @@ def _recipes(
         if group_size is not None or symmetric is not None or overrides:
             raise RecipeError(221, f"the suite {name!r} brings its own formats; leave --group-size and the like out.")
         recipes |= {wish.label: wish.recipe() for wish in recipe.suite(name)}
+    suited = set(recipes)
     for width in bits:
         for method in methods:
             if method == FLOAT or method in recipe.suites():
@@ -161,6 +162,8 @@ def _recipes(
             chosen = recipe.load(
                 method, bits=width, group_size=group_size, symmetric=symmetric, settings=usable, overrides=overrides
             )
+            if chosen.label in suited:
+                raise RecipeError(223, f"a suite has a row {chosen.label!r} already; leave {method!r} out.")
             recipes[chosen.label] = chosen
     if unused and recipes:
         raise RecipeError(209, f"none of the methods {', '.join(methods)} has the setting {min(unused)!r}.")
@@ -240,20 +243,22 @@ def _score(
         disk_note=note,
         options={"format": str(plan.recipe.weights.with_scale(plan.dtype)), **_options(plan.recipe)},
         layers=tuple(_row(layer) for layer in result.layers),
-        notes=(*result.fallbacks(), *filter(None, [reference.missing, _bias(plan.recipe.weights, source)])),
+        notes=(*result.fallbacks(), *filter(None, [reference.missing, _bias(plan, source)])),
     )
 
 
-def _bias(fmt: Format, source: loading.Source) -> str | None:
-    """Say so if a format can hit the very values that the float model was dequantized from."""
-    if source.lattice is None or fmt.grid.bits != source.lattice[0]:
+def _bias(plan: Plan, source: loading.Source) -> str | None:
+    """Say so if a layer's format can hit the very values that the float model was dequantized from."""
+    if source.lattice is None or not any(_hits(p.format, *source.lattice) for p in plan.layers.values()):
         return None
-    size = fmt.block.size if isinstance(fmt.block, Flat) else fmt.block[1]
-    if size is None or size > source.lattice[1]:
-        return None
-    return (
-        f"base-biased: the float model itself was stored in {source.lattice[0]} bits in blocks of {source.lattice[1]}"
-    )
+    bits, size = source.lattice
+    return f"base-biased: the float model itself was stored in {bits} bits in blocks of {size}"
+
+
+def _hits(fmt: Format, bits: int, most: int) -> bool:
+    """Tell whether codes of `fmt` have `bits`, and its blocks at most `most` weights of one row."""
+    rows, columns = (1, fmt.block.size) if isinstance(fmt.block, Flat) else fmt.block
+    return fmt.grid.bits == bits and rows == 1 and columns is not None and columns <= most
 
 
 def _options(chosen: Recipe) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from types import MappingProxyType
 from typing import Any
@@ -66,7 +66,10 @@ def quantize(
             layers += _solve(stage, plan, None, progress)
         return layers
     device = next(model.parameters()).device
-    batches = [b.to(device) for b in torch.split(ids, max(BATCH_TOKENS // ids.shape[1], 1))]
+    size = max(BATCH_TOKENS // ids.shape[1], 1)
+    if "drift" in plan.needs:  # some batches must be left to judge by
+        size = min(size, max(len(ids) // HELD, 1))
+    batches = [b.to(device) for b in torch.split(ids, size)]
     for transform in plan.recipe.transforms:
         _rescale(model, plan, transform, batches)
     stages = _stages(model, plan)
@@ -78,7 +81,8 @@ def quantize(
         if stages[index].block:
             ranges |= _tune(stages[index], plan, found.calls.pop(index, []))
         else:
-            layers += _solve(stages[index], plan, found.statistics.pop(index, None), progress, ranges)
+            statistics = found.statistics.pop(index, None)
+            layers += _solve(stages[index], plan, statistics, progress, ranges, ids.numel())
         next(ahead, None)
     return layers
 
@@ -88,7 +92,7 @@ class _Gathered:
 
     def __init__(self, plan: Plan, batches: int) -> None:
         self.needs = plan.needs
-        self.held = frozenset(range(HELD - 1, batches, HELD)) or frozenset({batches - 1})
+        self.held = frozenset(range(HELD - 1, batches, HELD)) or frozenset(range(1, batches)[-1:])
         self.statistics: dict[int, Statistics] = {}
         self.calls: dict[int, list[Call]] = {}
         self.float_inputs: dict[tuple[int, int], Tensor] = {}
@@ -201,26 +205,35 @@ def _solve(
     found: Statistics | None,
     progress: Progress,
     ranges: Mapping[str, Range] = MappingProxyType({}),
+    total: int = 0,
 ) -> list[Layer]:
-    """Solve one stage's layers, stacked along the rows where their format allows, and install the results."""
+    """Solve one stage's layers, stacked along the rows where their format allows, and install the results.
+
+    An expert that saw few of all `total` tokens is rounded: what it saw says too little of what it will see.
+    """
     start = time.perf_counter()
     modules = dict(zip(stage.names, stage.modules, strict=True))
     fields: dict[str, Any] = {}
+    seen = 0 if found is None else found.tokens
+    few = bool(plan.needs) and moe.starved(stage.names[0], seen, plan.layers[stage.names[0]].shape[1], total)
     if found is not None:
         fields = found.fields()
     elif plan.needs:  # no batch came here: zeros say that nothing is known, and the solver rounds
-        width = plan.layers[stage.names[0]].shape[1]
-        device = arch.get_weight(stage.modules[0]).device
-        fields = Statistics(plan.needs, width, device).fields()
+        fields = _nothing(plan, arch.get_weight(stage.modules[0]))
     done = []
     for group in _stacks([plan.layers[name] for name in stage.names]):
         weights = [arch.get_weight(modules[p.name]) for p in group]
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
         trained = _joined([ranges.get(p.name) for p in group])
         problem = Problem(" + ".join(p.name for p in group), stacked, group[0].format, range=trained, **fields)
-        solved = group[0].solver.solve(problem)
+        blank = (
+            Problem(problem.name, stacked, group[0].format, range=trained, **_nothing(plan, stacked))
+            if few
+            else problem
+        )
+        solved = group[0].solver.solve(blank)
         for correction in group[0].corrections:
-            solved = correction.correct(problem, solved)
+            solved = correction.correct(blank, solved)
         approx = solved.dequantize()
         errors, energies = problem.row_losses(approx), problem.row_losses(torch.zeros_like(approx))
         top = 0
@@ -228,26 +241,40 @@ def _solve(
             rows = slice(top, top + p.shape[0])
             top = rows.stop
             loss, energy = (float(v[rows].double().sum()) for v in (errors, energies))
-            weight = solved.rows(rows.start, rows.stop) if len(group) > 1 else solved
+            weight = _part(solved, rows, [p.name for p in group])
             done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0))
             arch.set_weight(modules[p.name], approx[rows])
     each = (time.perf_counter() - start) / len(done)
-    seen = 0 if found is None else found.tokens
     layers = [Layer(name, weight, loss, relative, seen, each) for name, weight, loss, relative in done]
     for layer in layers:
         progress(layer)
     return layers
 
 
-def _stacks(layers: list[LayerPlan]) -> list[list[LayerPlan]]:
-    """Group a stage's layers that can be solved as one matrix: treated alike, and nothing stored across their border.
+def _nothing(plan: Plan, weight: Tensor) -> dict[str, Any]:
+    """Return the statistics of a layer that saw no token, by the fields of a Problem."""
+    return Statistics(plan.needs, weight.shape[1], weight.device).fields()
 
-    What is found for all rows together, such as a low-rank correction, is found for each layer alone.
+
+def _part(solved: QWeight, rows: slice, names: list[str]) -> QWeight:
+    """Return one layer's rows of what was solved for several; what was counted over all of them says so."""
+    if len(names) == 1:
+        return solved
+    part, together = solved.rows(rows.start, rows.stop), "+".join(name.rpartition(".")[2] for name in names)
+    notes = {f"{k} of {together}" if k == "rows_rounded" else k: v for k, v in part.notes.items()}
+    return replace(part, notes=notes)
+
+
+def _stacks(layers: list[LayerPlan]) -> list[list[LayerPlan]]:
+    """Group a stage's layers that can be solved as one matrix: treated alike, and nothing found or stored across their
+    border.
+
+    What is found for all rows together, a low-rank correction or SpQR's threshold, is found for each layer alone.
     """
     stacks: list[list[LayerPlan]] = []
     for p in layers:
         unit = p.format.row_unit
-        if stacks and unit and not p.corrections and stacks[-1][-1].shape[0] % unit == 0:
+        if stacks and unit and p.solver.by_row and not p.corrections and stacks[-1][-1].shape[0] % unit == 0:
             last = stacks[-1][-1]
             if (p.format, p.solver, p.corrections) == (last.format, last.solver, last.corrections):
                 stacks[-1].append(p)

@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean bits per weight of the quantized layers, scales and zero points counted."""
+        """Mean bits per weight of the quantized layers, all that is stored counted."""
         weights = sum(p.shape[0] * p.shape[1] for p in self.layers.values())
         return sum(p.nbits for p in self.layers.values()) / max(weights, 1)
 

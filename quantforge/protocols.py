@@ -41,6 +41,10 @@ class Solver(Protocol):
     def takes_ranges(self) -> bool:
         """Tell whether it rounds under `problem.range` where there is one."""
 
+    @property
+    def by_row(self) -> bool:
+        """Tell whether each row's result is its own, so that layers with the same input may be solved as one matrix."""
+
     def refuses(self, shape: Shape, fmt: Format) -> str | None:
         """Return why a layer of `shape` (out, in) cannot be solved in `fmt`, and what could; None if it can."""
 

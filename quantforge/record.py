@@ -53,7 +53,7 @@ class Run:
     """One method at one width. NaN stands for what was not measured, and is all that is kept of an infinity.
 
     bits              of a code; None for the float model
-    bits_per_weight   over the quantized layers, scales and zeros counted
+    bits_per_weight   over the quantized layers, all that is stored counted
     kl                mean KL divergence from the float model, nats per token
     seconds           of quantizing
     peak_memory_bytes above the loaded model

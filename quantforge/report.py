@@ -102,7 +102,7 @@ class Column:
 COLUMNS = (
     Column("method", "method and format", lambda r: r.label, lambda r: r.label),
     Column("bits", "bits of a code", lambda r: r.bits, lambda r: "float" if r.bits is None else str(r.bits)),
-    Column("bits/weight", "bits per weight, scales and zeros counted", lambda r: r.bits_per_weight,
+    Column("bits/weight", "bits per weight, all that is stored counted", lambda r: r.bits_per_weight,
            lambda r: number(r.bits_per_weight, ".3f")),
     Column("perplexity", "on the evaluation text; lower is better", lambda r: r.perplexity,
            lambda r: perplexity(r.perplexity)),

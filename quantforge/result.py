@@ -124,28 +124,25 @@ class Result:
         return "\n".join([*lines, *notes])
 
     def fallbacks(self) -> list[str]:
-        """Name the layers that could not be solved as asked: more damping, a diagonal Hessian, no tokens."""
+        """Name the layers that could not be solved as asked: more damping, a diagonal Hessian, few tokens."""
         found = []
+        every = max((layer.tokens for layer in self.layers), default=0)
         for layer in self.layers:
             notes, planned = layer.weight.notes, self.plan.layers[layer.name]
             asked = getattr(planned.solver, "damp_percent", None)
             if planned.needs and not layer.tokens:
                 found.append(f"{layer.name} saw no calibration token and was rounded")
+            elif planned.needs and moe.starved(layer.name, layer.tokens, planned.shape[1], every):
+                found.append(f"{layer.name} saw only {layer.tokens:,} of {every:,} calibration tokens and was rounded")
             elif notes.get("rung") == "diagonal":
                 found.append(f"{layer.name}: its Hessian could not be factored, and only its diagonal was used")
-            elif asked is not None and notes.get("damp") != asked:
-                found.append(f"{layer.name}: damping was raised to {notes.get('damp')}")
-        return [*found, *self._starved()]
-
-    def _starved(self) -> list[str]:
-        """Name the experts that saw fewer tokens than their inputs, or less than 1 % of all."""
-        every = max((layer.tokens for layer in self.layers), default=0)
-        found: dict[str, str] = {}
-        for layer in self.layers:
-            expert, planned = moe.expert_of(layer.name), self.plan.layers[layer.name]
-            if expert and planned.needs and 0 < layer.tokens < max(planned.shape[1], every / 100):
-                found.setdefault(expert, f"{expert} saw only {layer.tokens:,} of {every:,} calibration tokens")
-        return list(found.values())
+            elif notes.get("rounded"):
+                found.append(f"{layer.name}: rounding lost less than the method, and was kept")
+            elif "factors" in notes:
+                found.append(f"{layer.name}: its low-rank correction is {notes['factors']}")
+            elif asked is not None and "damp" in notes and notes["damp"] != asked:
+                found.append(f"{layer.name}: damping was raised to {notes['damp']}")
+        return found
 
 
 def _finite(value: Any) -> Any:

@@ -37,7 +37,7 @@ def test_every_claim_is_about_runs_of_the_suites(report):
 
 
 def test_a_claim_passes_by_its_numbers_only(report):
-    label = "hqq-int3-g64-asym"
+    label = "hqq-int3-g64-asym-zero"
     for perplexity, verdict in ((1.0, "| pass |"), (1000.0, "**not met**")):
         runs = tuple(replace(r, perplexity=perplexity) if r.label == label else r for r in report.runs)
         (row,) = [

@@ -105,9 +105,12 @@ def claims(bits: int) -> list[Claim]:
             "whitened at least as good as plain, rank 32",
             below(f"gptq+lorc-{g} rank=32", f"gptq+lorc-{g} rank=32 whiten=False", 1.0 + 1e-9),
         ),
-        Claim("hqq", "better than RTN", below(f"hqq-{g}", f"rtn-{g}")),
+        Claim("hqq", "better than RTN", below(f"hqq-{g}-zero", f"rtn-{g}")),
+        Claim("hqq", "better than RTN in the same format", below(f"hqq-{g}-zero", f"rtn-{g}-zero")),
         Claim(
-            "hqq", "better than RTN in the same blocks", below(f"hqq-int{bits}-b64x1-asym", f"rtn-int{bits}-b64x1-asym")
+            "hqq",
+            "the same in blocks of 64 rows",
+            below(f"hqq-int{bits}-b64x1-asym-zero", f"rtn-int{bits}-b64x1-asym-zero"),
         ),
         *(
             Claim(
@@ -129,6 +132,8 @@ SMALL_LAYER = "model.layers.0.self_attn.k_proj"
 ONCE = [  # at widths of their own
     Claim("nf4", "perplexity 37.597 on the standard setting", near("nf4-nf4-f64-dq", 37.597, 0.0005)),
     Claim("nf4", "beats 4-bit absmax rounding at equal bits", below("nf4-nf4-f64-dq", "rtn-int4-f64-sym-dq")),
+    Claim("nf4", "beats both 4-bit floats at equal bits, E2M1", below("nf4-nf4-f64-dq", "e2m1-e2m1-f64-dq")),
+    Claim("nf4", "and bitsandbytes' own", below("nf4-nf4-f64-dq", "fp4-fp4-f64-dq")),
     Claim(
         "spqr",
         "3-bit base at about 3.9 bits: below GPTQ at the same bits",

@@ -72,10 +72,15 @@ class LoRC:
         dtype = kept if isinstance(kept, torch.dtype) and kept.itemsize == 2 else torch.bfloat16
         low_rank = self._store(a, b, dtype)
         judged = problem if root is not None else replace(problem, hessian=None)
+        notes = dict(solved.notes)
+        if self.whiten and root is None:
+            notes["factors"] = "plain, as its Hessian could not be factored"
         if judged.loss(low_rank.onto(approx)) >= judged.loss(approx):
             zero = torch.zeros_like
             low_rank = self._store(zero(a), zero(b), dtype)
-        return replace(solved, residuals=(*solved.residuals, low_rank))
+            if bool(error.any()):
+                notes["factors"] = "zero, as none was found that lowers its error"
+        return replace(solved, notes=notes, residuals=(*solved.residuals, low_rank))
 
     def _store(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> LowRank:
         if self.bits == 16:

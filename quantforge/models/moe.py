@@ -86,6 +86,11 @@ def expert_of(name: str) -> str | None:
     return found[1] if found else None
 
 
+def starved(name: str, tokens: int, width: int, total: int) -> bool:
+    """Tell whether the layer `name` is an expert's that saw fewer tokens than its inputs, or under 1 % of `total`."""
+    return expert_of(name) is not None and tokens < max(width, total / 100)
+
+
 def as_in_model(kind: object, tensors: Mapping[str, _Value]) -> dict[str, _Value]:
     """Return what a file of architecture `kind` holds under the names that the model in memory has."""
     old, new = _RENAMED.get(str(kind), ("", ""))

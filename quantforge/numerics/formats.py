@@ -74,10 +74,11 @@ class Format:
 
     @property
     def short(self) -> str:
-        """Return the notation without dtypes: `int4-g64-asym`, `nf4-f64-dq`."""
+        """Return the notation without dtypes: `int4-g64-asym`, `nf4-f64-dq`; "zero" says that zero points are real."""
         kind = ("sym" if self.symmetric else "asym",) if isinstance(self.grid, IntGrid) else ()
         nested = ("dq",) if isinstance(self.scale, Format) else ()
-        return "-".join((self.grid.name, _where(self.block), *kind, *nested))
+        real = ("zero",) if isinstance(self.zero, torch.dtype) else ()
+        return "-".join((self.grid.name, _where(self.block), *kind, *nested, *real))
 
     def __str__(self) -> str:
         zero = f"-zero-{_kept(self.zero)}" if self.zero is not None else ""
@@ -108,6 +109,7 @@ NAMED = {
     "nf4": Format(grids.nf_grid(4), Flat(64), True),
     "nf4-dq": Format(grids.nf_grid(4), Flat(64), True, _DOUBLE),
     "int4-f64-sym-dq": Format(grids.int_grid(4), Flat(64), True, _DOUBLE),
+    "e2m1-dq": Format(grids.minifloat(2, 1), Flat(64), True, _DOUBLE),
     "fp4": Format(grids.bnb_fp4(), Flat(64), True),
     "fp4-dq": Format(grids.bnb_fp4(), Flat(64), True, _DOUBLE),
     "hqq3-g64": Format(grids.int_grid(3), (1, 64), zero=torch.float32),

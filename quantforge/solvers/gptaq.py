@@ -46,6 +46,8 @@ class GPTAQ(GPTQ):
         if drift is None or hessian is None or not bool(hessian.diagonal().any()):
             return super().solve(problem)
         strength = self.strength
+        if strength < 0 and not drift.held_share:  # nothing to judge by
+            strength = 0.0
         if strength < 0:
             fitted = _without(hessian, drift.held_hessian, drift.held_share)
             cross = _without(drift.cross, drift.held_cross, drift.held_share)
@@ -80,8 +82,6 @@ def correction(weight: Tensor, hessian: Tensor, cross: Tensor, damp_percent: flo
 
 def _without(whole: Tensor, part: Tensor, share: float) -> Tensor:
     """Return the mean over the tokens that are not held out, from that over all and that over the held."""
-    if share >= 1:
-        return whole
     return (whole - share * part) / (1 - share)
 
 

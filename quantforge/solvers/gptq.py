@@ -13,9 +13,10 @@ from quantforge.numerics.blocks import Flat, extents, spread, within_rows
 from quantforge.numerics.formats import Format
 from quantforge.numerics.grids import IntGrid
 from quantforge.numerics.problem import Problem, QWeight
-from quantforge.numerics.qtensor import QTensor, fit, from_values, quantize
+from quantforge.numerics.qtensor import QTensor, fit, from_values
 from quantforge.numerics.ranges import Range
 from quantforge.registry import register
+from quantforge.solvers.rows import keep_better_rows
 from quantforge.solvers.sweep import check_damping, inverse_factor, sweep
 
 
@@ -46,6 +47,7 @@ class GPTQ:
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
     extends_format = False
     takes_ranges = True
+    by_row = True
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)
@@ -70,7 +72,7 @@ class GPTQ:
         chosen = problem.range or fit(weight, fmt, self.range, cost)
         solved = _round_in_order(weight, chosen, fmt, factor.u, order, self.block_size)
         usable = problem if bool(hessian.isfinite().all()) else Problem(problem.name, weight, fmt)
-        best, kept = _keep_better_rows(usable, solved, [chosen, fit(weight, fmt)])
+        best, kept = keep_better_rows(usable, solved, [chosen, fit(weight, fmt)])
         notes = {"damp": factor.damp, "rung": factor.rung, "dead_columns": int(factor.dead.sum()), "rows_rounded": kept}
         return QWeight(best, notes)
 
@@ -108,37 +110,3 @@ def _round_in_order(weight: Tensor, r: Range, fmt: Format, u: Tensor, order: Ten
     natural = torch.empty_like(values)
     natural[order] = values
     return from_values(natural.T, r, fmt)
-
-
-def _keep_better_rows(problem: Problem, solved: QTensor, candidates: list[Range]) -> tuple[QTensor, int]:
-    """Replace each row of `solved` by plain rounding under one of `candidates` where that has less loss.
-
-    Returns the result and how many rows were replaced. Where rows share a scale, they are replaced together.
-    """
-    fmt = problem.format
-    alone = fmt.row_unit == 1
-    least = problem.row_losses(solved.dequantize(torch.float32))
-    least = least if alone else least.sum(0, keepdim=True)
-    best, replaced = solved, torch.zeros_like(least, dtype=torch.bool)
-    for r in candidates:
-        rounded = quantize(problem.weight, r, fmt)
-        losses = problem.row_losses(rounded.dequantize(torch.float32))
-        losses = losses if alone else losses.sum(0, keepdim=True)
-        better = losses < least
-        least = torch.where(better, losses, least)
-        replaced |= better
-        if better.any():
-            best = choose_rows(better[:, None], rounded, best)
-    return best, int(replaced.sum())
-
-
-def choose_rows(rows: Tensor, a: QTensor, b: QTensor) -> QTensor:
-    """Take the rows of `a` where `rows` [out or 1, 1] is true, else those of `b`."""
-    if rows.numel() == 1:
-        return a if bool(rows) else b
-    zero = None
-    if isinstance(a.zero, Tensor) and isinstance(b.zero, Tensor):
-        zero = torch.where(rows, a.zero, b.zero)
-    assert isinstance(a.scale, Tensor)
-    assert isinstance(b.scale, Tensor)
-    return QTensor(a.format, torch.where(rows, a.codes, b.codes), torch.where(rows, a.scale, b.scale), zero)

@@ -40,6 +40,7 @@ class HQQ:
     needs = ()
     extends_format = False
     takes_ranges = False
+    by_row = True
 
     def __post_init__(self) -> None:
         if not 0 < self.norm <= 1:

@@ -14,7 +14,8 @@ from quantforge.numerics.grids import IntGrid
 from quantforge.numerics.problem import Problem, QWeight
 from quantforge.numerics.qtensor import fit, from_values, quantize
 from quantforge.registry import register
-from quantforge.solvers.gptq import choose_rows, refuse_blocks
+from quantforge.solvers.gptq import refuse_blocks
+from quantforge.solvers.rows import choose_rows
 from quantforge.solvers.sweep import check_damping, inverse_factor
 
 LARGEST = 1024  # inputs: the work grows with their cube, for every row
@@ -65,6 +66,7 @@ class OBQ:
     needs = ("hessian",)
     extends_format = False
     takes_ranges = True
+    by_row = True
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

@@ -33,6 +33,7 @@ class Quantile:
 
     needs = ()
     takes_ranges = False
+    by_row = False
 
     def __post_init__(self) -> None:
         if self.codes not in ("empirical", "normal"):
@@ -61,7 +62,7 @@ class Quantile:
         shape = (weight.shape[0], weight.shape[1])
         top = spread(tiles(weight.abs(), fmt.block).amax(-1), shape, fmt.block)
         relative = (weight / top.clamp(min=torch.finfo(top.dtype).tiny)).flatten()
-        ordered = relative[:: max(len(relative) // _SAMPLE, 1)].sort().values
+        ordered = relative[:: len(relative) // _SAMPLE | 1].sort().values
 
         def quantile(p: float) -> float:
             place = p * (len(ordered) - 1)

@@ -9,6 +9,7 @@ from quantforge.numerics.formats import Format
 from quantforge.numerics.problem import Problem, QWeight
 from quantforge.numerics.qtensor import fit, quantize
 from quantforge.registry import register
+from quantforge.solvers.rows import keep_better_rows
 
 
 @register("solver", "rtn")
@@ -31,6 +32,7 @@ class RTN:
 
     extends_format = False
     takes_ranges = True
+    by_row = True
 
     def refuses(self, shape: tuple[int, int], fmt: Format) -> str | None:
         """Return None: any format will do."""
@@ -39,5 +41,11 @@ class RTN:
     def solve(self, problem: Problem) -> QWeight:
         """Round `problem.weight` [out, in] in `problem.format`."""
         importance = None if problem.hessian is None else problem.hessian.diagonal()
-        r = problem.range or fit(problem.weight, problem.format, self.range, importance)
-        return QWeight(quantize(problem.weight, r, problem.format), {})
+        weight, fmt = problem.weight, problem.format
+        r = problem.range or fit(weight, fmt, self.range, importance)
+        rounded = quantize(weight, r, fmt)
+        if problem.range is not None or self.range != "hessian" or problem.hessian is None:
+            return QWeight(rounded, {})
+        usable = problem if bool(problem.hessian.isfinite().all()) else Problem(problem.name, weight, fmt)
+        best, kept = keep_better_rows(usable, rounded, [fit(weight, fmt)])  # diag(H) is not all of H
+        return QWeight(best, {"rows_rounded": kept})

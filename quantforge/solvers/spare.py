@@ -39,6 +39,7 @@ class Spare:
 
     extends_format = True
     takes_ranges = False
+    by_row = False
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

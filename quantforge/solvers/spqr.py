@@ -48,6 +48,7 @@ class SpQR:
     needs = ("hessian",)
     extends_format = True
     takes_ranges = False
+    by_row = False
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

@@ -29,7 +29,7 @@ class AWQ:
     steps  how many values of r above 0 and up to 1 are tried; the paper has 20 without the second kind of scales
     duo    try the scales that also look at the weights
     range  the range rule that the search rounds with; it should be the solver's, or the scales suit another rounding
-    rows   of the weights that the search looks at, evenly spread; -1 is all
+    rows   of the weights that the search looks at, drawn; -1 is all. What it finds must then gain on all of them
     """
 
     steps: int = 10
@@ -55,19 +55,23 @@ class AWQ:
         if not bool((magnitude > 0).any()):
             return one
         magnitude = magnitude / magnitude.mean()  # what is measured in other units is scaled alike
-        problem = replace(problem, weight=self._sample(problem))
+        whole, problem = problem, replace(problem, weight=self._sample(problem))
         best, least = one, self._loss(problem, one)
         for candidate in self._candidates(magnitude, tie(_relative_size(problem))):
             loss = self._loss(problem, candidate)
             if loss < least:
                 best, least = candidate, loss
+        if len(problem.weight) < len(whole.weight) and not self._loss(whole, best) < self._loss(whole, one):
+            return one
         return best
 
     def _sample(self, problem: Problem) -> Tensor:
-        """Return about `rows` rows of the weight, evenly spread; all where blocks reach across rows."""
+        """Return `rows` rows of the weight, drawn with a fixed seed; all where blocks reach across rows."""
         weight = problem.weight
-        alone = problem.format.row_unit == 1
-        return weight[:: max(len(weight) // self.rows, 1)] if alone and self.rows > 0 else weight
+        if problem.format.row_unit != 1 or not 0 < self.rows < len(weight):
+            return weight
+        drawn = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[: self.rows]
+        return weight[drawn.sort().values.to(weight.device)]
 
     def _candidates(self, magnitude: Tensor, size: Tensor) -> list[Tensor]:
         found = []
@@ -83,9 +87,13 @@ class AWQ:
         scaled = problem.weight * scales
         assert problem.hessian is not None
         importance = problem.hessian.diagonal() / scales.square()  # the inputs shrink as the weights grow
-        r, fmt, shape = fit(scaled, problem.format, self.range, importance), problem.format, _shape(scaled)
-        rounded = ranges.round_to(scaled, spread(r.scale, shape, fmt.block), spread(r.zero, shape, fmt.block), fmt)
-        return problem.loss(rounded.div_(scales))
+        fmt, shape, losses = problem.format, _shape(scaled), []
+        for rule in dict.fromkeys((self.range, "minmax") if self.range == "hessian" else (self.range,)):
+            r = fit(scaled, fmt, rule, importance)
+            rounded = ranges.round_to(scaled, spread(r.scale, shape, fmt.block), spread(r.zero, shape, fmt.block), fmt)
+            found = problem.row_losses(rounded.div_(scales)).double()
+            losses.append(found if fmt.row_unit == 1 else found.sum(0, keepdim=True))
+        return float(torch.stack(losses).amin(0).sum())  # as rounding by that rule keeps the better rows
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:

@@ -116,7 +116,6 @@ def test_a_sample_of_the_rows_keeps_most_of_what_all_of_them_gain(problem):
         p = problem("int3-g16-asym", 96, 48, seed, "heavy", "outliers")
         alike = AWQ(rows=96).scales(p, alone)
         assert torch.equal(alike, AWQ(rows=-1).scales(p, alone))
-        assert torch.equal(AWQ(rows=24).scales(p, alone), AWQ(rows=-1).scales(replace(p, weight=p.weight[::4]), alone))
         sampled += loss(p, AWQ(rows=24).scales(p, alone)) / loss(p, torch.ones(48))
         every += loss(p, alike) / loss(p, torch.ones(48))
     assert every <= sampled
