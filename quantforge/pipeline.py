@@ -4,66 +4,49 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from itertools import repeat
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantforge.calibrate.stats import Statistics
-from quantforge.models import arch, fold, moe
+from quantforge.models import activations, arch, fold, moe
 from quantforge.models.walk import Call, Stage, walk
-from quantforge.numerics.problem import Problem, QWeight
+from quantforge.numerics.problem import Problem
 from quantforge.numerics.ranges import Range
-from quantforge.plan import LayerPlan, Plan
+from quantforge.plan import Plan
 from quantforge.protocols import Transform
+from quantforge.solving import Layer, Progress, solve
 
 BATCH_TOKENS = 2048
 HELD = 8  # one batch in so many is held out where a fit to the others is to be judged
 
 
-@dataclass(frozen=True)
-class Layer:
-    """What became of one layer.
-
-    weight         the codes, and what is kept beside them
-    loss           tr((W − Ŵ) H (W − Ŵ)ᵀ), or Σ (W − Ŵ)² where no data was used
-    relative_loss  loss divided by tr(W H Wᵀ), or by Σ W²: the share of the layer's output that is error
-    tokens         calibration tokens that the layer saw
-    seconds        spent solving, shared evenly by layers solved together
-    """
-
-    name: str
-    weight: QWeight
-    loss: float
-    relative_loss: float
-    tokens: int
-    seconds: float
-
-
-Progress = Callable[[Layer], None]
-
-
 def quantize(
-    model: nn.Module, plan: Plan, ids: Tensor | None = None, progress: Progress = lambda layer: None
+    model: nn.Module,
+    plan: Plan,
+    ids: Tensor | None = None,
+    progress: Progress = lambda layer: None,
+    collect: frozenset[str] = frozenset(),
 ) -> list[Layer]:
     """Quantize `model` in place by `plan`, and return a row a layer in the order of the forward.
 
-    The model's weights become the dequantized values of the codes.
+    The model's weights become the dequantized values of the codes, and layers that are to round their inputs do so.
 
     ids       token ids [windows, seq_len] to calibrate on; None for plans that need no data, whose losses are then
               those of the weights; with ids, those of the outputs
     progress  called with each layer as it is done
+    collect   statistics that are wanted besides what the plan needs
     """
     layers: list[Layer] = []
+    for name, p in plan.layers.items():
+        if p.inputs is not None:
+            activations.gate(model.get_submodule(name))
     if ids is None:
         assert not plan.needs, "the plan needs data"
         for stage in _stages(model, plan):
-            layers += _solve(stage, plan, None, progress)
+            layers += solve(stage, plan, None, progress)
         return layers
     device = next(model.parameters()).device
     size = max(BATCH_TOKENS // ids.shape[1], 1)
@@ -73,7 +56,7 @@ def quantize(
     for transform in plan.recipe.transforms:
         _rescale(model, plan, transform, batches)
     stages = _stages(model, plan)
-    found = _Gathered(plan, len(batches))
+    found = _Gathered(plan.needs | collect, len(batches))
     ahead = _float_walk(model, plan, batches, found) if "drift" in plan.needs else repeat(0)
     next(ahead, None)
     ranges: dict[str, Range] = {}
@@ -82,7 +65,7 @@ def quantize(
             ranges |= _tune(stages[index], plan, found.calls.pop(index, []))
         else:
             statistics = found.statistics.pop(index, None)
-            layers += _solve(stages[index], plan, statistics, progress, ranges, ids.numel())
+            layers += solve(stages[index], plan, statistics, progress, ranges, ids.numel())
         next(ahead, None)
     return layers
 
@@ -90,8 +73,8 @@ def quantize(
 class _Gathered:
     """What a walk has collected for the stages that wait to be solved."""
 
-    def __init__(self, plan: Plan, batches: int) -> None:
-        self.needs = plan.needs
+    def __init__(self, needs: frozenset[str], batches: int) -> None:
+        self.needs = needs
         self.held = frozenset(range(HELD - 1, batches, HELD)) or frozenset(range(1, batches)[-1:])
         self.statistics: dict[int, Statistics] = {}
         self.calls: dict[int, list[Call]] = {}
@@ -147,6 +130,7 @@ def _float_walk(model: nn.Module, plan: Plan, batches: list[Tensor], found: _Gat
 def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[Tensor]) -> None:
     """Choose scales for every group of layers that allows it, from one walk of the float model; then apply them all."""
     folds = [f for f in fold.find(model) if any(name in plan.layers for name in f.consumers)]
+    folds = [f for f in folds if f.producer.kind.split()[0] in transform.producers]
     stages = [Stage((f.observed,), (model.get_submodule(f.observed),)) for f in folds]
     gathered: dict[int, Statistics] = {}
 
@@ -161,9 +145,11 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
             names = [name for name in folds[index].consumers if name in plan.layers]
             fields = gathered.pop(index).fields()
             weights = [arch.get_weight(model.get_submodule(name)) for name in names]
-            weight = torch.cat([_balanced(w, fields["hessian"]) for w in weights])
+            if "hessian" in transform.needs:
+                weights = [_balanced(w, fields["hessian"]) for w in weights]
+            weight = torch.cat(weights)
             fmt = min((plan.layers[name].format for name in names), key=lambda f: f.grid.bits)  # they share the scales
-            problem = Problem(" + ".join(names), weight, fmt, **fields)
+            problem = Problem(" + ".join(names), weight, fmt, inputs=plan.layers[names[0]].inputs, **fields)
             chosen.append((folds[index], transform.scales(problem, folds[index].tie)))
     for group, scales in chosen:
         group.apply(model, scales, plan.dtype)
@@ -189,95 +175,3 @@ def _tune(stage: Stage, plan: Plan, calls: list[Call]) -> dict[str, Range]:
     for tuner in plan.recipe.tuners if calls else ():
         ranges |= {f"{path}.{name}": r for name, r in tuner.tune(block, formats, calls).items()}
     return ranges
-
-
-def _joined(found: list[Range | None]) -> Range | None:
-    """Return the ranges of layers that are stacked along the rows as one; None where they are left to the solver."""
-    known = [r for r in found if r is not None]
-    if len(known) < len(found):
-        return None
-    return Range(torch.cat([r.scale for r in known]), torch.cat([r.zero for r in known]))
-
-
-def _solve(
-    stage: Stage,
-    plan: Plan,
-    found: Statistics | None,
-    progress: Progress,
-    ranges: Mapping[str, Range] = MappingProxyType({}),
-    total: int = 0,
-) -> list[Layer]:
-    """Solve one stage's layers, stacked along the rows where their format allows, and install the results.
-
-    An expert that saw few of all `total` tokens is rounded: what it saw says too little of what it will see.
-    """
-    start = time.perf_counter()
-    modules = dict(zip(stage.names, stage.modules, strict=True))
-    fields: dict[str, Any] = {}
-    seen = 0 if found is None else found.tokens
-    few = bool(plan.needs) and moe.starved(stage.names[0], seen, plan.layers[stage.names[0]].shape[1], total)
-    if found is not None:
-        fields = found.fields()
-    elif plan.needs:  # no batch came here: zeros say that nothing is known, and the solver rounds
-        fields = _nothing(plan, arch.get_weight(stage.modules[0]))
-    done = []
-    for group in _stacks([plan.layers[name] for name in stage.names]):
-        weights = [arch.get_weight(modules[p.name]) for p in group]
-        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-        trained = _joined([ranges.get(p.name) for p in group])
-        problem = Problem(" + ".join(p.name for p in group), stacked, group[0].format, range=trained, **fields)
-        blank = (
-            Problem(problem.name, stacked, group[0].format, range=trained, **_nothing(plan, stacked))
-            if few
-            else problem
-        )
-        solved = group[0].solver.solve(blank)
-        for correction in group[0].corrections:
-            solved = correction.correct(blank, solved)
-        approx = solved.dequantize()
-        errors, energies = problem.row_losses(approx), problem.row_losses(torch.zeros_like(approx))
-        top = 0
-        for p in group:
-            rows = slice(top, top + p.shape[0])
-            top = rows.stop
-            loss, energy = (float(v[rows].double().sum()) for v in (errors, energies))
-            weight = _part(solved, rows, [p.name for p in group])
-            done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0))
-            arch.set_weight(modules[p.name], approx[rows])
-    each = (time.perf_counter() - start) / len(done)
-    layers = [Layer(name, weight, loss, relative, seen, each) for name, weight, loss, relative in done]
-    for layer in layers:
-        progress(layer)
-    return layers
-
-
-def _nothing(plan: Plan, weight: Tensor) -> dict[str, Any]:
-    """Return the statistics of a layer that saw no token, by the fields of a Problem."""
-    return Statistics(plan.needs, weight.shape[1], weight.device).fields()
-
-
-def _part(solved: QWeight, rows: slice, names: list[str]) -> QWeight:
-    """Return one layer's rows of what was solved for several; what was counted over all of them says so."""
-    if len(names) == 1:
-        return solved
-    part, together = solved.rows(rows.start, rows.stop), "+".join(name.rpartition(".")[2] for name in names)
-    notes = {f"{k} of {together}" if k == "rows_rounded" else k: v for k, v in part.notes.items()}
-    return replace(part, notes=notes)
-
-
-def _stacks(layers: list[LayerPlan]) -> list[list[LayerPlan]]:
-    """Group a stage's layers that can be solved as one matrix: treated alike, and nothing found or stored across their
-    border.
-
-    What is found for all rows together, a low-rank correction or SpQR's threshold, is found for each layer alone.
-    """
-    stacks: list[list[LayerPlan]] = []
-    for p in layers:
-        unit = p.format.row_unit
-        if stacks and unit and p.solver.by_row and not p.corrections and stacks[-1][-1].shape[0] % unit == 0:
-            last = stacks[-1][-1]
-            if (p.format, p.solver, p.corrections) == (last.format, last.solver, last.corrections):
-                stacks[-1].append(p)
-                continue
-        stacks.append([p])
-    return stacks

@@ -15,6 +15,7 @@ from quantforge.errors import PlanError, nearest
 from quantforge.models import arch
 from quantforge.models.walk import Stage
 from quantforge.numerics.formats import Format
+from quantforge.numerics.inputs import Inputs
 from quantforge.protocols import Correction, Exporter, Solver, Tuner
 from quantforge.recipe import Recipe
 
@@ -29,6 +30,7 @@ class LayerPlan:
     solver       how its codes are chosen
     corrections  what is added to the result
     transposed   True for GPT-2's Conv1D, which holds [in, out]
+    inputs       how it rounds its inputs when it is called; None: not at all
     """
 
     name: str
@@ -37,6 +39,7 @@ class LayerPlan:
     solver: Solver
     corrections: tuple[Correction, ...] = ()
     transposed: bool = False
+    inputs: Inputs | None = None
 
     @property
     def nbits(self) -> int:
@@ -50,8 +53,9 @@ class LayerPlan:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Return the statistics that its solver and corrections want."""
-        return (*self.solver.needs, *(need for c in self.corrections for need in c.needs))
+        """Return the statistics that its solver, corrections and rounded inputs want."""
+        own = self.inputs.needs if self.inputs else ()
+        return (*self.solver.needs, *(need for c in self.corrections for need in c.needs), *own)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,13 @@ class Plan:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "layers": [
-                {"name": p.name, "shape": p.shape, "format": str(p.format), "bits_per_weight": p.bits_per_weight}
+                {
+                    "name": p.name,
+                    "shape": p.shape,
+                    "format": str(p.format),
+                    "inputs": str(p.inputs) if p.inputs else None,
+                    "bits_per_weight": p.bits_per_weight,
+                }
                 for p in self.layers.values()
             ],
             "notes": self.notes,
@@ -153,6 +163,7 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
                 own.solver,
                 own.corrections,
                 transposed,
+                own.inputs,
             )
     _refuse_unfit(layers, recipe.tuners)
     quantized = {id(m.weight) for s in stages for m in s.modules}

@@ -31,7 +31,7 @@ class Solver(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Return the statistics it wants collected, of "hessian", "magnitude", "drift"."""
+        """Return the statistics it wants collected, of "hessian", "magnitude", "drift", "extremes", "samples"."""
 
     @property
     def extends_format(self) -> bool:
@@ -61,6 +61,10 @@ class Transform(Protocol):
     @property
     def needs(self) -> tuple[str, ...]:
         """Return the statistics it wants collected."""
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Return what may take the inverse scales: of "norm", "values" (attention's), "rows" (of a linear layer)."""
 
     def scales(self, problem: Problem, tie: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what each input channel of `problem.weight` is to be multiplied by, [in]; ones leave it alone.

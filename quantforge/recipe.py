@@ -14,10 +14,11 @@ from quantforge.errors import RecipeError, nearest, pick
 from quantforge.numerics.blocks import Flat
 from quantforge.numerics.formats import Format, parse
 from quantforge.numerics.grids import Grid, IntGrid, int_grid, nf_grid
+from quantforge.numerics.inputs import Inputs, parse_inputs
 from quantforge.protocols import Correction, Solver, Transform, Tuner
 
 DEFAULT_WEIGHTS = "int4-g64-asym"
-_FIELDS = ("about", "paper", "weights", "solver", "transforms", "tuners", "corrections", "skip")
+_FIELDS = ("about", "paper", "weights", "inputs", "solver", "transforms", "tuners", "corrections", "skip")
 _PARTS = {"solver": "solver", "transform": "transforms", "tuner": "tuners", "correction": "corrections"}
 _Slot = tuple[str, dict[str, Any]]
 
@@ -35,6 +36,7 @@ class Recipe:
     tuners       what is trained about each block before it is rounded
     corrections  what is added to each layer's result
     skip         names of layers that stay as they are, full or by their last part
+    inputs       how layers round their inputs when they are called; None: not at all
     overrides    (pattern, recipe for the layers it matches, or None to leave them alone); the last one that matches
     wins
     """
@@ -48,6 +50,7 @@ class Recipe:
     tuners: tuple[Tuner, ...] = ()
     corrections: tuple[Correction, ...] = ()
     skip: tuple[str, ...] = ("lm_head",)
+    inputs: Inputs | None = None
     overrides: tuple[tuple[str, Recipe | None], ...] = ()
 
     @property
@@ -55,12 +58,14 @@ class Recipe:
         """Return the statistics that any part of it, or of its overrides, wants collected."""
         parts = [part for _, part in self.parts()]
         parts += [other for _, other in self.overrides if other is not None]
+        parts += [self.inputs] if self.inputs else []
         return tuple(sorted({need for part in parts for need in part.needs}))
 
     @property
     def label(self) -> str:
         """Return the method and its format in one word."""
-        return f"{self.name}-{self.weights.short}"
+        inputs = f" x {self.inputs.short}" if self.inputs else ""
+        return f"{self.name}-{self.weights.short}{inputs}"
 
     def parts(self) -> list[tuple[str, Any]]:
         """Return every part with its kind, which is the prefix that `--set` knows it by."""
@@ -91,6 +96,7 @@ def load(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    inputs: str | None = None,
     settings: dict[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Recipe:
@@ -99,6 +105,7 @@ def load(
     bits        2 to 8; None keeps the recipe's
     group_size  weights along the input that share a scale; -1 is a whole row (per channel)
     symmetric   True: no zero points
+    inputs      how layers round their inputs: "int8-token", "int8-tensor-static", "e4m3-token"; "float": not at all
     settings    {"solver.damp_percent": 0.01, …}: options of the recipe's parts
     overrides   {pattern of layer names: {"bits": 8, "group_size": 32, "method": "rtn", "skip": True}}
 
@@ -111,8 +118,12 @@ def load(
         "tuners": [_slot(s) for s in raw["tuners"]],
         "corrections": [_slot(s) for s in raw["corrections"]],
     }
+    rounding = _inputs(raw["inputs"] if inputs is None else {**(raw["inputs"] or {}), "format": inputs})
     for key, value in (settings or {}).items():
-        _set(slots, key, value)
+        if rounding is not None and key.startswith("inputs."):
+            rounding = _adjust(rounding, key.removeprefix("inputs."), value)
+        else:
+            _set(slots, key, value)
     built = {
         kind: tuple(registry.create(kind, plug_in, options) for plug_in, options in slots[field])
         for kind, field in _PARTS.items()
@@ -127,9 +138,10 @@ def load(
         built["tuner"],
         built["correction"],
         tuple(raw["skip"]),
+        rounding,
     )
     others = tuple(
-        (pattern, _override(chosen, pattern, wish, (bits, group_size, symmetric), settings))
+        (pattern, _override(chosen, pattern, wish, (bits, group_size, symmetric, inputs), settings))
         for pattern, wish in (overrides or {}).items()
     )
     return replace(chosen, overrides=others)
@@ -145,6 +157,7 @@ class Wish:
     symmetric: bool | None = None
     settings: dict[str, Any] | None = None
     format: str | None = None
+    inputs: str | None = None
     overrides: dict[str, dict[str, Any]] | None = None
 
     def recipe(self) -> Recipe:
@@ -154,6 +167,7 @@ class Wish:
             bits=self.bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
+            inputs=self.inputs,
             settings=self.settings,
             overrides=self.overrides,
         )
@@ -187,6 +201,7 @@ def _read(name: str) -> dict[str, Any]:
     assert set(raw) <= set(_FIELDS), f"bundled recipe {name} has unknown fields"
     found: dict[str, Any] = {
         "weights": DEFAULT_WEIGHTS,
+        "inputs": None,
         "solver": "rtn",
         "transforms": [],
         "tuners": [],
@@ -218,6 +233,31 @@ def _join(name: str, raws: list[dict[str, Any]]) -> dict[str, Any]:
     return joined
 
 
+def _inputs(raw: Mapping[str, Any] | str | None) -> Inputs | None:
+    """Return how inputs are rounded, from a notation or from {"format": …, "threshold": …}; None for "float"."""
+    if isinstance(raw, str):
+        raw = {"format": raw}
+    if raw is None or raw["format"] == "float":
+        return None
+    try:
+        return replace(parse_inputs(raw["format"]), **{k: v for k, v in raw.items() if k != "format"})
+    except ValueError as error:
+        raise RecipeError(222, f"inputs: {error}.") from error
+
+
+def _adjust(rounding: Inputs, option: str, value: Any) -> Inputs:
+    """Return `rounding` with one of the user's settings."""
+    kinds: dict[str, type] = {"threshold": float, "dynamic": bool}
+    if option not in kinds:
+        raise RecipeError(
+            222, f"inputs have no option {option!r}: {nearest(option, kinds)}there are: threshold, dynamic."
+        )
+    try:
+        return replace(rounding, **{option: registry.coerce(f"inputs.{option}", value, kinds[option])})
+    except ValueError as error:
+        raise RecipeError(222, f"inputs: {error}.") from error
+
+
 def _slot(slot: str | dict[str, dict[str, Any]]) -> _Slot:
     name, options = (slot, {}) if isinstance(slot, str) else next(iter(slot.items()))
     return name, dict(options)
@@ -237,10 +277,10 @@ def _set(slots: dict[str, list[_Slot]], key: str, value: Any) -> None:
 
 
 def _override(
-    base: Recipe, pattern: str, wish: Mapping[str, Any], shared: tuple[Any, Any, Any], settings: dict[str, Any] | None
+    base: Recipe, pattern: str, wish: Mapping[str, Any], shared: tuple[Any, ...], settings: dict[str, Any] | None
 ) -> Recipe | None:
     """Return the recipe of the layers that `pattern` matches: the base's, but for what is wished; None to skip them."""
-    kinds = {"bits": object, "group_size": object, "symmetric": object, "method": str, "skip": bool}
+    kinds = {"bits": object, "group_size": object, "symmetric": object, "inputs": str, "method": str, "skip": bool}
     if not isinstance(wish, Mapping):
         raise RecipeError(215, f"the override {pattern!r} must say what is other, such as {{'bits': 8}}, not {wish!r}.")
     for key, value in wish.items():
@@ -253,9 +293,16 @@ def _override(
     if wish.get("skip"):
         return None
     method = wish.get("method", base.name)
-    bits, group_size, symmetric = (wish.get(key, value) for key, value in zip(kinds, shared, strict=False))
+    bits, group_size, symmetric, inputs = (wish.get(key, value) for key, value in zip(kinds, shared, strict=False))
     same = method == base.name
-    other = load(method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings if same else None)
+    other = load(
+        method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        inputs=inputs,
+        settings=settings if same else None,
+    )
     if not same and (other.transforms or other.tuners):
         raise RecipeError(
             220, f"the override {pattern!r} asks for {method}, which works on whole blocks; make it the method instead."

@@ -86,14 +86,14 @@ def create(kind: str, name: str, settings: dict[str, Any] | None = None) -> Any:
             raise RecipeError(
                 202, f"{kind} {name!r} has no option {key!r}: {hint}it has: {', '.join(known) or 'none'}."
             )
-        checked[key] = _coerce(f"{kind}.{key}", value, known[key])
+        checked[key] = coerce(f"{kind}.{key}", value, known[key])
     try:
         return cls(**checked)
     except ValueError as error:
         raise RecipeError(203, f"{kind} {name!r}: {error}") from error
 
 
-def _coerce(where: str, value: Any, kind: type) -> Any:
+def coerce(where: str, value: Any, kind: type) -> Any:
     """Turn text from the command line, or a value from YAML, into the option's type."""
     words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     if isinstance(value, str) and kind is bool and value.lower() in words:

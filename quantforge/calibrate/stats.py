@@ -10,6 +10,7 @@ from torch import Tensor
 from quantforge.numerics.problem import Drift
 
 _TILES = 8
+SAMPLED = 16  # tokens that are kept of each batch, where samples are wanted
 
 
 class Hessian:
@@ -68,10 +69,25 @@ class Cross:
         return (self.total * (2 / max(self.tokens, 1))).float()
 
 
+class Extremes:
+    """The smallest and the largest value of each channel."""
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        self.low = torch.zeros(width, device=device)
+        self.high = torch.zeros(width, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of `x` [..., in]; zero counts as seen, and what is not finite does not."""
+        flat = torch.nan_to_num(x.detach().reshape(-1, x.shape[-1]).float(), nan=0.0, posinf=0.0, neginf=0.0)
+        if len(flat):
+            low, high = flat.aminmax(dim=0)
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+
+
 class Statistics:
     """All that is collected about one stage's input, batch by batch.
 
-    needs  of "hessian", "magnitude", "drift"
+    needs  of "hessian", "magnitude", "drift", "extremes", "samples"
     held   numbers of the batches that are held out from what drift is fitted on
     """
 
@@ -79,7 +95,11 @@ class Statistics:
         self, needs: frozenset[str], width: int, device: torch.device | None = None, held: frozenset[int] = frozenset()
     ) -> None:
         self.needs, self.held = needs, held
-        self.hessian = Hessian(width, device)
+        self._seen = 0
+        # whatever else is wanted, losses are told by it; but what only looks for extremes is to be quick
+        self.hessian = None if needs == {"extremes"} else Hessian(width, device)
+        self.extremes = Extremes(width, device)
+        self.samples: list[Tensor] = []
         self.magnitude = torch.zeros(width, dtype=torch.float64, device=device)
         if "drift" in needs:
             self.held_hessian = Hessian(width, device)
@@ -87,10 +107,17 @@ class Statistics:
 
     def add(self, batch: int, x: Tensor, float_x: Tensor | None = None) -> None:
         """Add the tokens of `x` [..., in] of one batch; `float_x` is what the float model has there."""
-        self.hessian.add(x)
+        flat = x.detach().reshape(-1, x.shape[-1])
+        self._seen += flat.shape[0]
+        if self.hessian is not None:
+            self.hessian.add(x)
+        if "extremes" in self.needs:
+            self.extremes.add(x)
+        if "samples" in self.needs and len(flat):
+            self.samples.append(flat[:: max(len(flat) // SAMPLED, 1)][:SAMPLED].float())
         if "magnitude" in self.needs:
-            flat = x.detach().reshape(-1, x.shape[-1]).double().abs()
-            self.magnitude += flat.masked_fill(~flat.isfinite(), 0).sum(0)
+            size = flat.double().abs()
+            self.magnitude += size.masked_fill(~size.isfinite(), 0).sum(0)
         if float_x is not None:
             self.cross.add(x, float_x)
             if batch in self.held:
@@ -100,11 +127,16 @@ class Statistics:
     @property
     def tokens(self) -> int:
         """Return how many tokens were seen."""
-        return self.hessian.tokens
+        return self._seen if self.hessian is None else self.hessian.tokens
 
     def fields(self) -> dict[str, Any]:
         """Return them by the names of the fields of a Problem."""
-        found: dict[str, Any] = {"hessian": self.hessian.value()}
+        found: dict[str, Any] = {} if self.hessian is None else {"hessian": self.hessian.value()}
+        if "extremes" in self.needs:
+            found["extremes"] = (self.extremes.low, self.extremes.high)
+        if "samples" in self.needs and self.samples:
+            samples = torch.cat(self.samples)
+            found["samples"] = samples[samples.isfinite().all(1)]
         if "magnitude" in self.needs:
             found["magnitude"] = (self.magnitude / max(self.tokens, 1)).float()
         if "drift" in self.needs:

@@ -105,7 +105,7 @@ def _matrix(name: str, q: QTensor) -> dict[str, Tensor]:
         if isinstance(value, QTensor):
             found |= _matrix(f"{name}.{part}", value)
         elif value is not None:
-            found[f"{name}.{part}"] = value.contiguous()
+            found[f"{name}.{part}"] = (value.view(torch.uint8) if value.dtype == formats.E8M0 else value).contiguous()
     return found
 
 
@@ -170,7 +170,7 @@ def _check(residual: Residual, shape: tuple[int, int]) -> None:
 
 
 def _usable(x: Tensor) -> bool:
-    return x.dtype in formats.SCALE_DTYPES.values() and bool(x.isfinite().all())
+    return x.dtype in formats.SCALE_DTYPES.values() and bool(x.float().isfinite().all())
 
 
 def _ascend(start: Tensor, columns: Tensor) -> bool:
@@ -209,6 +209,8 @@ def _read_part(
     if isinstance(kept, Format):
         return _read_matrix(name, shape, kept, tensors)
     found = tensors.pop(name)
+    if kept == formats.E8M0 and found.dtype == torch.uint8:  # safetensors reads no E8M0
+        found = found.view(formats.E8M0)
     if tuple(found.shape) != shape or found.dtype != kept:
         raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {kept} {shape}")
     if found.is_floating_point() and not _usable(found):

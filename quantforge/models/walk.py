@@ -50,6 +50,8 @@ def walk(
 ) -> Iterator[int]:
     """Yield the index of each stage, in order, when every batch has reached it; solve it before asking for the next.
 
+    Batches wait before any other pre-hook of their layer, so that what rounds inputs may be decided meanwhile.
+
     forward   runs the model on one batch of token ids
     batches   token ids [sequences, seq_len], each
     stages    in the order in which the forward reaches them; a stage that no batch calls is yielded too
@@ -69,7 +71,7 @@ def walk(
 
     running = [_Parked(forward) for _ in batches]
     hooked = [(module, partial(park, i)) for i, stage in enumerate(stages) for module in stage.modules]
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooked]
+    handles = [module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True) for module, hook in hooked]
     try:
         for one, batch in zip(running, batches, strict=True):
             _go_on(one, batch)

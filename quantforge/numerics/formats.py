@@ -14,7 +14,8 @@ from quantforge.numerics import grids
 from quantforge.numerics.blocks import Block, Flat, counts
 from quantforge.numerics.grids import Grid, IntGrid
 
-SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+E8M0 = torch.float8_e8m0fnu  # powers of two, of which only the exponent is stored (OCP microscaling, revision 1.0)
+SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "e8m0": E8M0}
 _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 _WHERE = {(None, None): "tensor", (1, None): "channel", (None, 1): "column"}
 
@@ -43,10 +44,10 @@ class Format:
     def with_scale(self, dtype: torch.dtype) -> Format:
         """Return this format with scales, and real zero points, stored in `dtype`.
 
-        Scales that are quantized themselves stay, and so do those of flat blocks, which are float32 by their
-        definition.
+        Scales that are quantized themselves or powers of two stay, and so do those of flat blocks, which are float32 by
+        their definition.
         """
-        if isinstance(self.scale, Format) or isinstance(self.block, Flat):
+        if isinstance(self.scale, Format) or isinstance(self.block, Flat) or self.scale == E8M0:
             return self
         return replace(self, scale=dtype, zero=dtype if isinstance(self.zero, torch.dtype) else self.zero)
 
@@ -74,11 +75,11 @@ class Format:
 
     @property
     def short(self) -> str:
-        """Return the notation without dtypes: `int4-g64-asym`, `nf4-f64-dq`; "zero" says that zero points are real."""
+        """Return the notation without the dtypes that a plan sets: `int4-g64-asym`, `nf4-f64-dq`; "zero": real ones."""
         kind = ("sym" if self.symmetric else "asym",) if isinstance(self.grid, IntGrid) else ()
-        nested = ("dq",) if isinstance(self.scale, Format) else ()
+        kept = ("dq",) if isinstance(self.scale, Format) else ("e8m0",) if self.scale == E8M0 else ()
         real = ("zero",) if isinstance(self.zero, torch.dtype) else ()
-        return "-".join((self.grid.name, _where(self.block), *kind, *nested, *real))
+        return "-".join((self.grid.name, _where(self.block), *kind, *kept, *real))
 
     def __str__(self) -> str:
         zero = f"-zero-{_kept(self.zero)}" if self.zero is not None else ""
@@ -113,6 +114,13 @@ NAMED = {
     "fp4": Format(grids.bnb_fp4(), Flat(64), True),
     "fp4-dq": Format(grids.bnb_fp4(), Flat(64), True, _DOUBLE),
     "hqq3-g64": Format(grids.int_grid(3), (1, 64), zero=torch.float32),
+    "llm-int8": Format(grids.narrow_grid(8), (1, None), True),
+    "fp8-block": Format(grids.minifloat(4, 3), (128, 128), True),
+    "mxfp4": Format(grids.minifloat(2, 1), (1, 32), True, E8M0),
+    "mxfp8": Format(grids.minifloat(4, 3), (1, 32), True, E8M0),
+    "nvfp4": Format(grids.minifloat(2, 1), (1, 16), True, Format(grids.minifloat(4, 3), (None, None), True)),
+    # ZeroQuant-FP, section 3: a scale a group that differs from the row's largest by a shift (M2)
+    "fp4-m2-g64": Format(grids.minifloat(2, 1), (1, 64), True, Format(grids.shift_grid(8), (1, None), True)),
     "spqr3-g16": Format(grids.int_grid(3), (1, 16), scale=_BILEVEL, zero=_BILEVEL),
 }
 
@@ -121,14 +129,14 @@ def parse(text: str) -> Format:
     """Read a notation such as `int4-g64-asym`, `nf4-g64` or `int8-channel-sym-bf16`, or a name; ValueError if it is
     none.
 
-    The forms are GRID-(gN|fN|bNxM|channel|token|tensor)[-sym|-asym][-fp32|-bf16|-fp16][-zero-DTYPE], where GRID is
-    intB, nfK or another of `quantforge formats`; symmetric and fp32 if left out. The names are those of `NAMED`.
+    The forms are GRID-(gN|fN|bNxM|channel|token|tensor)[-sym|-asym][-fp32|-bf16|-fp16|-e8m0][-zero-DTYPE], where
+    GRID is intB, nfK or another of `quantforge formats`; symmetric and fp32 if left out. The names are those of `NAMED`.
     """
     if text in NAMED:
         return NAMED[text]
     m = re.fullmatch(
         r"([a-z]+[a-z0-9]*)-(?:g([1-9]\d*)|f([1-9]\d*)|b([1-9]\d*)x([1-9]\d*)|(channel|token|tensor))"
-        r"(?:-(sym|asym))?(?:-(fp32|bf16|fp16))?(?:-zero-(fp32|bf16|fp16))?",
+        r"(?:-(sym|asym))?(?:-(fp32|bf16|fp16|e8m0))?(?:-zero-(fp32|bf16|fp16))?",
         text,
     )
     grid = grids.find(m[1]) if m else None
@@ -141,6 +149,8 @@ def parse(text: str) -> Format:
     elif group or rows:
         block = (int(rows or 1), int(group or cols))
     symmetric = kind != "asym" if kind else True
+    if scale == "e8m0" and not symmetric:
+        raise ValueError(f"{text!r} is no format: scales that are powers of two go with symmetric formats")
     if symmetric and zero:
         raise ValueError(f"{text!r} is no format: what is symmetric has no zero points")
     if not symmetric and not isinstance(grid, IntGrid):

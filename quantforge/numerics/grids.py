@@ -77,6 +77,45 @@ class IntGrid(Grid):
         return codes.float() + self.low
 
 
+@dataclass(frozen=True)
+class FloatGrid(Grid):
+    """The finite values of a small float; encoding rounds half to even, as hardware does, and clamps.
+
+    mantissa  bits of it
+    smallest  exponent of the smallest normal number
+    """
+
+    mantissa: int
+    smallest: int
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the uint8 codes of the values nearest to `x`, of any shape."""
+        table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
+        return torch.searchsorted(table, self.round(x).float().contiguous()).to(torch.uint8)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Return the values nearest to `x`, in its shape and dtype."""
+        exponent = (torch.frexp(x)[1] - 1).clamp_(min=self.smallest) - self.mantissa
+        step = torch.ldexp(torch.ones_like(x), exponent)
+        return (x / step).round_().mul_(step).clamp_(self.low, self.high)
+
+
+def narrow_grid(bits: int) -> IntGrid:
+    """Return the integers −(2^(bits−1) − 1) … 2^(bits−1) − 1, which leave out the lowest; 2 to 8 `bits`."""
+    if bits not in range(2, 9):
+        raise ValueError(f"narrow integer grids have 2 to 8 bits, not {bits}")
+    top = (1 << (bits - 1)) - 1
+    return IntGrid(f"narrow{bits}", tuple(float(v) for v in range(-top, top + 1)))
+
+
+@cache
+def shift_grid(steps: int) -> Grid:
+    """Return the powers of two 2^−steps … 2^0: scales that differ from the largest of their block by a shift."""
+    if steps not in range(1, 32):
+        raise ValueError(f"shifts go from 1 to 31 steps, not {steps}")
+    return Grid(f"shift{steps}", tuple(2.0**-k for k in range(steps, -1, -1)))
+
+
 def int_grid(bits: int) -> IntGrid:
     """Return the signed integers of 1 to 8 `bits`; ValueError otherwise."""
     if bits not in range(1, 9):
@@ -144,7 +183,8 @@ def minifloat(exponent: int, mantissa: int) -> Grid:
         found = found[:-steps]
     if (exponent, mantissa) == (4, 3):
         found = found[:-1]
-    return Grid(f"e{exponent}m{mantissa}", tuple(sorted({*found, *(-v for v in found)})))
+    values = tuple(sorted({*found, *(-v for v in found)}))
+    return FloatGrid(f"e{exponent}m{mantissa}", values, mantissa, 1 - bias)
 
 
 @cache
@@ -189,6 +229,10 @@ def find(name: str) -> Grid | None:
     """Return the grid called `name` ("int4", "nf4", "fp4", "af4", "e2m1", "dynamic8"), or None."""
     if m := re.fullmatch(r"int([1-8])", name):
         return int_grid(int(m[1]))
+    if m := re.fullmatch(r"narrow([2-8])", name):
+        return narrow_grid(int(m[1]))
+    if m := re.fullmatch(r"shift([1-9]|[12]\d|3[01])", name):
+        return shift_grid(int(m[1]))
     if m := re.fullmatch(r"nf([2-8])", name):
         return nf_grid(int(m[1]))
     if (m := re.fullmatch(r"e([1-6])m([0-6])", name)) and 1 + int(m[1]) + int(m[2]) <= 8:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantforge.numerics.formats import Format
+from quantforge.numerics.inputs import Inputs
 from quantforge.numerics.qtensor import QTensor
 from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import LowRank, Residual, Sparse
@@ -41,6 +42,9 @@ class Problem:
     magnitude  [in] float32: mean |x| over the calibration tokens; None if it was not collected
     drift      None if it was not collected
     range      the range to round under, where it was trained; None leaves it to the solver
+    extremes   ([in], [in]) float32: the smallest and the largest value of each input channel, or zero
+    samples    [tokens, in] float32: some inputs as they are
+    inputs     how the layer rounds its inputs when it is called; None if it does not
     """
 
     name: str
@@ -50,6 +54,9 @@ class Problem:
     magnitude: Tensor | None = None
     drift: Drift | None = None
     range: Range | None = None
+    extremes: tuple[Tensor, Tensor] | None = None
+    samples: Tensor | None = None
+    inputs: Inputs | None = None
 
     def row_losses(self, approx: Tensor) -> Tensor:
         """Return the diagonal of (W − Ŵ) H (W − Ŵ)ᵀ → [out]; without a Hessian, H is the identity."""

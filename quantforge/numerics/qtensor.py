@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantforge.numerics.blocks import Flat, counts, spread, tiles
-from quantforge.numerics.formats import Format
+from quantforge.numerics.formats import E8M0, Format
 from quantforge.numerics.ranges import Range, plain_format, real_zero, rule
 
 
@@ -75,7 +75,9 @@ class QTensor:
 
 
 def _dense(x: Tensor | QTensor) -> Tensor:
-    return x.dequantize(torch.float32) if isinstance(x, QTensor) else x
+    if isinstance(x, QTensor):
+        return x.dequantize(torch.float32)
+    return x.float() if x.dtype == E8M0 else x
 
 
 def _rows(x: Tensor | QTensor, start: int, stop: int) -> Tensor | QTensor:
@@ -97,6 +99,8 @@ def fit(w: Tensor, fmt: Format, name: str = "minmax", importance: Tensor | None 
         before = scale if fmt.scale.centered and fmt.symmetric else None
         empty = ~(tiles(w, fmt.block) != 0).any(-1)
         nested_scale = encode(scale.masked_fill(empty, 0.0), fmt.scale)
+        if fmt.scale.grid.name.startswith("shift"):
+            nested_scale = _shifted(w, fmt, scale, nested_scale, name != "minmax", importance)
         scale = nested_scale.dequantize(torch.float32)
         scale = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
     zero, nested_zero = found.zero, None
@@ -110,6 +114,30 @@ def fit(w: Tensor, fmt: Format, name: str = "minmax", importance: Tensor | None 
     elif fmt.zero is not None:
         zero = real_zero(zero, fmt)
     return Range(scale, zero, (nested_scale, nested_zero), before)
+
+
+def _shifted(
+    w: Tensor, fmt: Format, scale: Tensor, nested: QTensor, search: bool, importance: Tensor | None
+) -> QTensor:
+    """Choose among scales that differ by shifts: the first at least as large as `scale`, or by `search` the next too.
+
+    ZeroQuant-FP, arXiv:2307.09782, section 3, constraint M2. With `search`, each block takes the one of the two that
+    errs less (our reading; rounding the shift up as written there makes the block's largest value saturate).
+    """
+    inner = replace(nested, codes=torch.full_like(nested.codes, len(nested.format.grid.values) - 1))
+    top = inner.dequantize(torch.float32)
+    table = torch.tensor(nested.format.grid.values, dtype=torch.float32, device=w.device)
+    upper = torch.searchsorted(table, (scale / top * (1 - 1e-6)).contiguous()).clamp(max=len(table) - 1)
+    codes = upper
+    if search:
+        weigh = torch.ones_like(w) if importance is None else importance.expand_as(w).contiguous()
+        blocks, weights = tiles(w, fmt.block), tiles(weigh, fmt.block, fill=0.0)
+        errors = []
+        for shifted in (upper, (upper - 1).clamp(min=0)):
+            s = (table[shifted] * top)[..., None]
+            errors.append(((fmt.grid.round(blocks / s) * s - blocks).square() * weights).sum(-1))
+        codes = torch.where(errors[1] < errors[0], (upper - 1).clamp(min=0), upper)
+    return replace(nested, codes=codes.to(torch.uint8))
 
 
 def encode(x: Tensor, fmt: Format) -> QTensor:

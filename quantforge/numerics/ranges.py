@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantforge.numerics.blocks import tiles
-from quantforge.numerics.formats import Format
+from quantforge.numerics.formats import E8M0, Format
 from quantforge.numerics.grids import IntGrid
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Range:
 def stored(scale: Tensor, dtype: torch.dtype | Format) -> Tensor:
     """Round `scale` to `dtype` and back to float32; what would round to zero becomes the smallest normal number."""
     assert isinstance(dtype, torch.dtype), "scales that are quantized themselves are found by qtensor.fit"
+    if dtype == E8M0:  # upwards, so that no block's largest value is clipped
+        return torch.exp2(torch.log2(scale.double()).ceil().clamp(-126, 127)).float()
     return scale.float().clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype).float()
 
 

@@ -38,6 +38,7 @@ class AWQ:
     rows: int = 256
 
     needs = ("hessian", "magnitude")
+    producers = ("norm", "values", "rows")
 
     def __post_init__(self) -> None:
         ranges.rule(self.range)

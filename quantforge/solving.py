@@ -1,0 +1,165 @@
+"""One stage solved: its layers as one matrix where they can be, corrected, judged, and put in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantforge.calibrate.stats import Statistics
+from quantforge.models import activations, arch, moe
+from quantforge.models.walk import Stage
+from quantforge.numerics.inputs import QInput, settle
+from quantforge.numerics.problem import Problem, QWeight
+from quantforge.numerics.ranges import Range
+from quantforge.numerics.residuals import Columns
+from quantforge.plan import LayerPlan, Plan
+from quantforge.protocols import Solver
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one layer.
+
+    weight         the codes, and what is kept beside them
+    loss           tr((W − Ŵ) H (W − Ŵ)ᵀ), or Σ (W − Ŵ)² where no data was used
+    relative_loss  loss divided by tr(W H Wᵀ), or by Σ W²: the share of the layer's output that is error
+    tokens         calibration tokens that the layer saw
+    seconds        spent solving, shared evenly by layers solved together
+    inputs         how it rounds its inputs from now on; None: not at all
+    """
+
+    name: str
+    weight: QWeight
+    loss: float
+    relative_loss: float
+    tokens: int
+    seconds: float
+    inputs: QInput | None = None
+
+
+Progress = Callable[[Layer], None]
+
+
+def _joined(found: list[Range | None]) -> Range | None:
+    """Return the ranges of layers that are stacked along the rows as one; None where they are left to the solver."""
+    known = [r for r in found if r is not None]
+    if len(known) < len(found):
+        return None
+    return Range(torch.cat([r.scale for r in known]), torch.cat([r.zero for r in known]))
+
+
+def solve(
+    stage: Stage,
+    plan: Plan,
+    found: Statistics | None,
+    progress: Progress,
+    ranges: Mapping[str, Range] = MappingProxyType({}),
+    total: int = 0,
+) -> list[Layer]:
+    """Solve one stage's layers, stacked along the rows where their format allows, and install the results.
+
+    An expert that saw few of all `total` tokens is rounded: what it saw says too little of what it will see.
+    """
+    start = time.perf_counter()
+    modules = dict(zip(stage.names, stage.modules, strict=True))
+    fields: dict[str, Any] = {}
+    seen = 0 if found is None else found.tokens
+    few = bool(plan.needs) and moe.starved(stage.names[0], seen, plan.layers[stage.names[0]].shape[1], total)
+    if found is not None:
+        fields = found.fields()
+    elif plan.needs:  # no batch came here: zeros say that nothing is known, and the solver rounds
+        fields = _nothing(plan, arch.get_weight(stage.modules[0]))
+    done = []
+    for group in _stacks([plan.layers[name] for name in stage.names]):
+        weights = [arch.get_weight(modules[p.name]) for p in group]
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+        trained = _joined([ranges.get(p.name) for p in group])
+        problem = Problem(" + ".join(p.name for p in group), stacked, group[0].format, range=trained, **fields)
+        blank = problem
+        if few:
+            blank = Problem(problem.name, stacked, group[0].format, range=trained, **_nothing(plan, stacked))
+        rounds = _settled(group[0], problem, plan.dtype)
+        solved = _solve_spared(group[0].solver, blank, rounds, plan.dtype)
+        for correction in group[0].corrections:
+            solved = correction.correct(blank, solved)
+        approx = solved.dequantize()
+        errors, energies = problem.row_losses(approx), problem.row_losses(torch.zeros_like(approx))
+        top = 0
+        for p in group:
+            rows = slice(top, top + p.shape[0])
+            top = rows.stop
+            loss, energy = (float(v[rows].double().sum()) for v in (errors, energies))
+            weight = _part(solved, rows, [p.name for p in group])
+            done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0, rounds))
+            arch.set_weight(modules[p.name], approx[rows])
+            if rounds is not None:
+                activations.gate(modules[p.name], rounds)
+    each = (time.perf_counter() - start) / len(done)
+    layers = [Layer(name, weight, loss, relative, seen, each, r) for name, weight, loss, relative, r in done]
+    for layer in layers:
+        progress(layer)
+    return layers
+
+
+def _nothing(plan: Plan, weight: Tensor) -> dict[str, Any]:
+    """Return the statistics of a layer that saw no token, by the fields of a Problem."""
+    return Statistics(plan.needs, weight.shape[1], weight.device).fields()
+
+
+def _settled(p: LayerPlan, problem: Problem, dtype: torch.dtype) -> QInput | None:
+    """Return how the layer will round its inputs, with what calibration was to find."""
+    if p.inputs is None:
+        return None
+    if not p.inputs.needs:
+        return QInput(p.inputs)
+    assert problem.extremes is not None
+    return settle(p.inputs, *problem.extremes, dtype)
+
+
+def _solve_spared(solver: Solver, problem: Problem, rounds: QInput | None, dtype: torch.dtype) -> QWeight:
+    """Solve `problem`; the columns whose inputs stay in float stay in float too, and widen no range."""
+    if rounds is None or rounds.spared is None or not len(rounds.spared):
+        return solver.solve(problem)
+    index = rounds.spared.long()
+    kept = Columns(rounds.spared, problem.weight[:, index].to(dtype))
+    hessian = problem.hessian
+    if hessian is not None:
+        hessian = hessian.index_fill(0, index, 0.0).index_fill(1, index, 0.0)
+    rest = replace(problem, weight=problem.weight.index_fill(1, index, 0.0), hessian=hessian, drift=None)
+    solved = solver.solve(rest)
+    notes = {**solved.notes, "float_columns": len(index)}
+    return QWeight(solved.base, notes, (*solved.residuals, kept))
+
+
+def _part(solved: QWeight, rows: slice, names: list[str]) -> QWeight:
+    """Return one layer's rows of what was solved for several; what was counted over all of them says so."""
+    if len(names) == 1:
+        return solved
+    part, together = solved.rows(rows.start, rows.stop), "+".join(name.rpartition(".")[2] for name in names)
+    notes = {f"{k} of {together}" if k == "rows_rounded" else k: v for k, v in part.notes.items()}
+    return replace(part, notes=notes)
+
+
+def _stacks(layers: list[LayerPlan]) -> list[list[LayerPlan]]:
+    """Group a stage's layers that can be solved as one matrix: treated alike, and nothing found or stored across their
+    border.
+
+    What is found for all rows together, a low-rank correction or SpQR's threshold, is found for each layer alone.
+    """
+    stacks: list[list[LayerPlan]] = []
+    for p in layers:
+        unit = p.format.row_unit
+        last = stacks[-1][-1] if stacks else p
+        alone = p.corrections or last.corrections or not p.solver.by_row
+        alike = (p.format, p.solver, p.inputs) == (last.format, last.solver, last.inputs)
+        if stacks and unit and not alone and alike and last.shape[0] % unit == 0:
+            stacks[-1].append(p)
+            continue
+        stacks.append([p])
+    return stacks
