@@ -34,6 +34,7 @@ def quantize(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    inputs: str | None = None,
     calibration: str | Path | Tensor = "python-docs",
     samples: int = 64,
     seq_len: int = 512,
@@ -54,6 +55,7 @@ def quantize(
     method       a name from `quantforge methods`
     bits         2 to 8; group_size: weights sharing a scale, -1 for a whole row; symmetric: no zero points;
                  None keeps the method's own
+    inputs       how layers round their inputs when they are called: "int8-token", "int8-tensor-static", "e4m3-token"
     calibration  a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
     samples      windows of `seq_len` tokens to calibrate on, the first ones, or drawn with `seed` if `shuffle`
     device       "cpu" or "cuda"
@@ -64,7 +66,13 @@ def quantize(
     Everything that needs no weights is checked before they are read. Raises the subclasses of QuantForgeError.
     """
     chosen = recipe.load(
-        method, bits=bits, group_size=group_size, symmetric=symmetric, settings=settings, overrides=overrides
+        method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        inputs=inputs,
+        settings=settings,
+        overrides=overrides,
     )
     loading.check_device(device)
     calibration = _checked(calibration, "calibration")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from quantforge import registry
 from quantforge.errors import ModelError, clean
 from quantforge.exporters import native, peft
-from quantforge.models import check, load, moe
+from quantforge.models import activations, check, load, moe
 from quantforge.models.folder import MAX_CONFIG, contained
 from quantforge.models.headers import MAX_HEADER, read_json
 from quantforge.numerics.problem import QWeight
@@ -149,5 +149,8 @@ def read(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: b
             354, f"{folder} does not hold the model of its config.json: {len(wrong)} tensors do not fit ({wrong[0]})."
         )
     moe.unfuse(model)
+    for name, weight in layers.items():
+        if weight.inputs is not None:
+            activations.gate(model.get_submodule(name), weight.inputs)
     result: nn.Module = model.eval()
     return result

@@ -100,6 +100,9 @@ def _format(command: Command) -> Command:
             help="Other settings for layers by name, e.g. '*.down_proj:bits=8' or '*.layers.0.*:skip'.",
         ),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="e.g. solver.damp_percent=0.05"),
+        click.option(
+            "--inputs", metavar="FORMAT", help="How layers round their inputs, e.g. int8-token; default: not."
+        ),
         click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points."),
         click.option("--group-size", type=int, metavar="N", help="Weights that share a scale; -1 is a whole row."),
     ):
@@ -181,6 +184,7 @@ def quantize(
     bits: int | None,
     group_size: int | None,
     symmetric: bool | None,
+    inputs: str | None,
     settings: tuple[str, ...],
     overrides: tuple[str, ...],
     calib: str,
@@ -206,6 +210,7 @@ def quantize(
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,
+            inputs=inputs,
             settings=_settings(settings),
             overrides=_overrides(overrides),
         )
@@ -227,6 +232,7 @@ def quantize(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        inputs=inputs,
         calibration=calib,
         samples=samples,
         seq_len=seq_len,
@@ -292,6 +298,7 @@ def compare(
     bits: str,
     group_size: int | None,
     symmetric: bool | None,
+    inputs: str | None,
     settings: tuple[str, ...],
     overrides: tuple[str, ...],
     calib: str,
@@ -320,6 +327,7 @@ def compare(
         bits=[int(w) for w in widths],
         group_size=group_size,
         symmetric=symmetric,
+        inputs=inputs,
         calibration=calib,
         samples=samples,
         seq_len=seq_len,
@@ -362,6 +370,8 @@ def methods(as_json: bool) -> None:
         return
     for entry in found:
         _print(f"{entry['name']}: {entry['about']}\n  {entry['paper']}\n  stores {entry['weights']}")
+        if entry["inputs"]:
+            _print(f"  rounds inputs to {entry['inputs']}")
         for key, (kind, default) in entry["options"].items():
             _print(f"  --set {key}={default}  ({kind})")
 

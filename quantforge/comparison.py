@@ -21,16 +21,16 @@ from quantforge.evaluation.perplexity import Reference, Score
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.exporters.native import Native
 from quantforge.memory import in_use
-from quantforge.models import arch, moe
+from quantforge.models import activations, arch, moe
 from quantforge.models import load as loading
 from quantforge.numerics.blocks import Flat
 from quantforge.numerics.formats import Format
-from quantforge.pipeline import Layer
 from quantforge.plan import Plan, check_export, make
 from quantforge.progress import bar
 from quantforge.recipe import Recipe
 from quantforge.record import LayerRow, Report, Run
 from quantforge.result import Result
+from quantforge.solving import Layer
 from quantforge.store import check_target, check_writable, write_text
 
 PROTOCOL = (
@@ -47,6 +47,7 @@ def compare(
     bits: Sequence[int] = (4,),
     group_size: int | None = None,
     symmetric: bool | None = None,
+    inputs: str | None = None,
     calibration: str = "python-docs",
     samples: int = 64,
     seq_len: int = 512,
@@ -73,7 +74,7 @@ def compare(
     The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
     weight is read. Raises the subclasses of QuantForgeError.
     """
-    recipes = _recipes(methods, bits, group_size, symmetric, settings or {}, overrides)
+    recipes = _recipes(methods, bits, (group_size, symmetric, inputs), settings or {}, overrides)
     loading.check_device(device)
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
     skeleton = source.skeleton()
@@ -119,9 +120,10 @@ def compare(
         result = api.run(
             built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from, memory_before=before
         )
-        if needed is None:  # once more, unclocked, to learn what its rounding does to the layers' outputs
+        if plan.needs <= {"extremes"}:  # once more, unclocked, to learn what its rounding does to the layers' outputs
             _restore(built, originals)
-            result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib)))
+            layers = pipeline.quantize(built, plan, calib, collect=frozenset({"hessian"}))
+            result = replace(result, layers=tuple(layers))
         runs.append(_score(label, result, source, ids, reference, None if keep is None else Path(keep)))
         del result  # its codes would count as the next run's memory
         if out is not None:  # what is done is not lost, whatever becomes of the runs to come
@@ -135,8 +137,7 @@ def compare(
 def _recipes(
     methods: Sequence[str],
     bits: Sequence[int],
-    group_size: int | None,
-    symmetric: bool | None,
+    format_options: tuple[int | None, bool | None, str | None],
     settings: dict[str, Any],
     overrides: Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, Recipe]:
@@ -144,9 +145,10 @@ def _recipes(
     if not methods or not bits:
         raise RecipeError(208, "there is nothing to compare: name at least one method and one number of bits.")
     recipes: dict[str, Recipe] = {}
+    group_size, symmetric, inputs = format_options
     unused = set(settings)
     for name in (m for m in methods if m in recipe.suites()):
-        if group_size is not None or symmetric is not None or overrides:
+        if any(option is not None for option in format_options) or overrides:
             raise RecipeError(221, f"the suite {name!r} brings its own formats; leave --group-size and the like out.")
         recipes |= {wish.label: wish.recipe() for wish in recipe.suite(name)}
     suited = set(recipes)
@@ -160,7 +162,13 @@ def _recipes(
             usable = {key: value for key, value in settings.items() if key in has}
             unused -= usable.keys()
             chosen = recipe.load(
-                method, bits=width, group_size=group_size, symmetric=symmetric, settings=usable, overrides=overrides
+                method,
+                bits=width,
+                group_size=group_size,
+                symmetric=symmetric,
+                inputs=inputs,
+                settings=usable,
+                overrides=overrides,
             )
             if chosen.label in suited:
                 raise RecipeError(223, f"a suite has a row {chosen.label!r} already; leave {method!r} out.")
@@ -197,6 +205,7 @@ def _check_report_folder(out: Path, model: Path) -> None:
 
 
 def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
+    activations.remove(model.modules())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in originals:
@@ -241,7 +250,11 @@ def _score(
         peak_memory_bytes=result.peak_memory,
         bytes_on_disk=size,
         disk_note=note,
-        options={"format": str(plan.recipe.weights.with_scale(plan.dtype)), **_options(plan.recipe)},
+        options={
+            "format": str(plan.recipe.weights.with_scale(plan.dtype)),
+            **({"inputs": str(plan.recipe.inputs)} if plan.recipe.inputs else {}),
+            **_options(plan.recipe),
+        },
         layers=tuple(_row(layer) for layer in result.layers),
         notes=(*result.fallbacks(), *filter(None, [reference.missing, _bias(plan, source)])),
     )
@@ -301,7 +314,7 @@ def _row(layer: Layer) -> LayerRow:
         kind=layer.name.rsplit(".", 1)[-1],
         block=arch.block_index(layer.name),
         shape=base.shape,
-        format=str(base.format),
+        format=" x ".join(map(str, filter(None, [base.format, layer.weight.inputs and layer.weight.inputs.inputs]))),
         bits_per_weight=layer.weight.nbits / base.codes.numel(),
         loss=layer.loss,
         relative_loss=layer.relative_loss,

@@ -40,6 +40,7 @@ def quantize(
     collect   statistics that are wanted besides what the plan needs
     """
     layers: list[Layer] = []
+    activations.remove(model.modules())
     for name, p in plan.layers.items():
         if p.inputs is not None:
             activations.gate(model.get_submodule(name))

@@ -64,7 +64,7 @@ class Recipe:
     @property
     def label(self) -> str:
         """Return the method and its format in one word."""
-        inputs = f" x {self.inputs.short}" if self.inputs else ""
+        inputs = f"-x-{self.inputs.short}" if self.inputs else ""
         return f"{self.name}-{self.weights.short}{inputs}"
 
     def parts(self) -> list[tuple[str, Any]]:
@@ -360,6 +360,7 @@ def catalogue() -> list[dict[str, Any]]:
                 "about": chosen.about,
                 "paper": chosen.paper,
                 "weights": chosen.weights.short,
+                "inputs": None if chosen.inputs is None else str(chosen.inputs),
                 "options": options,
             }
         )

@@ -25,6 +25,7 @@ _BUILT_IN = (
     "quantforge.solvers.obq",
     "quantforge.solvers.spare",
     "quantforge.transforms.awq",
+    "quantforge.transforms.smoothquant",
     "quantforge.tuners.lwc",
     "quantforge.corrections.lorc",
     "quantforge.exporters.compressed_tensors",

@@ -21,9 +21,9 @@ from quantforge.exporters.native import Native
 from quantforge.models import moe
 from quantforge.models.load import quiet
 from quantforge.numerics.residuals import LowRank
-from quantforge.pipeline import Layer
 from quantforge.plan import Plan, check_export
 from quantforge.protocols import Exporter
+from quantforge.solving import Layer
 from quantforge.store import MARK, check_target, publish
 
 MAX_SHARD_SIZE = "5GB"
@@ -84,6 +84,7 @@ class Result:
             "method": recipe.name,
             "paper": recipe.paper,
             "format": str(recipe.weights.with_scale(self.plan.dtype)),
+            "inputs": str(recipe.inputs) if recipe.inputs else None,
             "solver": repr(recipe.solver),
             "transforms": [repr(t) for t in recipe.transforms],
             "tuners": [repr(t) for t in recipe.tuners],
@@ -100,6 +101,7 @@ class Result:
                     "name": layer.name,
                     "shape": list(layer.weight.base.shape),
                     "format": str(layer.weight.base.format),
+                    **({"inputs": str(layer.weight.inputs.inputs)} if layer.weight.inputs else {}),
                     "bits_per_weight": layer.weight.nbits / layer.weight.base.codes.numel(),
                     "loss": _finite(layer.loss),
                     "relative_loss": _finite(layer.relative_loss),

@@ -31,7 +31,6 @@ class Layer:
     relative_loss  loss divided by tr(W H Wᵀ), or by Σ W²: the share of the layer's output that is error
     tokens         calibration tokens that the layer saw
     seconds        spent solving, shared evenly by layers solved together
-    inputs         how it rounds its inputs from now on; None: not at all
     """
 
     name: str
@@ -40,7 +39,6 @@ class Layer:
     relative_loss: float
     tokens: int
     seconds: float
-    inputs: QInput | None = None
 
 
 Progress = Callable[[Layer], None]
@@ -88,6 +86,7 @@ def solve(
         solved = _solve_spared(group[0].solver, blank, rounds, plan.dtype)
         for correction in group[0].corrections:
             solved = correction.correct(blank, solved)
+        solved = replace(solved, inputs=rounds)
         approx = solved.dequantize()
         errors, energies = problem.row_losses(approx), problem.row_losses(torch.zeros_like(approx))
         top = 0
@@ -96,12 +95,12 @@ def solve(
             top = rows.stop
             loss, energy = (float(v[rows].double().sum()) for v in (errors, energies))
             weight = _part(solved, rows, [p.name for p in group])
-            done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0, rounds))
+            done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0))
             arch.set_weight(modules[p.name], approx[rows])
             if rounds is not None:
                 activations.gate(modules[p.name], rounds)
     each = (time.perf_counter() - start) / len(done)
-    layers = [Layer(name, weight, loss, relative, seen, each, r) for name, weight, loss, relative, r in done]
+    layers = [Layer(name, weight, loss, relative, seen, each) for name, weight, loss, relative in done]
     for layer in layers:
         progress(layer)
     return layers

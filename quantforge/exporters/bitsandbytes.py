@@ -52,7 +52,7 @@ class Bitsandbytes:
     def takes(self, plan: Plan) -> bool:
         """Tell whether all of `plan` is in one format of this container; low-rank factors go beside it."""
         found = {p.format for p in plan.layers.values()}
-        floats = any(p.solver.extends_format for p in plan.layers.values())
+        floats = any(p.solver.extends_format or p.inputs for p in plan.layers.values())
         whole = all(p.shape[1] % _BLOCK == 0 for p in plan.layers.values())
         dense = not any(moe.expert_of(name) for name in plan.layers)
         return dense and len(found) == 1 and _name(found.pop()) is not None and whole and not floats

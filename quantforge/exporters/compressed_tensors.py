@@ -40,7 +40,7 @@ class CompressedTensors:
 
     def takes(self, plan: Plan) -> bool:
         """Tell whether `plan` has only integer formats of this container; low-rank factors go beside it."""
-        return all(_plain(p.format) and not p.solver.extends_format for p in plan.layers.values())
+        return all(_plain(p.format) and not p.solver.extends_format and not p.inputs for p in plan.layers.values())
 
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be held exactly, and what could; None if it can."""

@@ -14,6 +14,7 @@ and `quantization_config` in config.json says, for each layer, its shape, its fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,9 +26,11 @@ from quantforge.errors import ModelError
 from quantforge.numerics import formats
 from quantforge.numerics.blocks import counts
 from quantforge.numerics.formats import Format
+from quantforge.numerics.inputs import Inputs, QInput
 from quantforge.numerics.packing import pack, unpack
 from quantforge.numerics.problem import QWeight
 from quantforge.numerics.qtensor import QTensor
+from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import Columns, LowRank, Residual, Sparse
 from quantforge.plan import Plan
 from quantforge.registry import register
@@ -71,6 +74,9 @@ class Native:
                 elif isinstance(part, Tensor):
                     short = isinstance(residual, Sparse) and f.name == "columns" and residual.width <= 1 << 16
                     found[where] = (part.to(torch.uint16) if short else part).contiguous()
+        if weight.inputs is not None:
+            for key, part in _kept_inputs(weight.inputs).items():
+                found[f"{name}.input.{key}"] = part.clone()  # layers of one stage share it
         return found
 
     def config(self, plan: Plan, linears: list[str]) -> dict[str, Any]:
@@ -83,6 +89,7 @@ class Native:
             "shape": list(weight.base.shape),
             "format": formats.to_json(weight.base.format),
             "residuals": [_residual(r) for r in weight.residuals],
+            "inputs": None if weight.inputs is None else _inputs(weight.inputs),
         }
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, QWeight]:
@@ -121,6 +128,42 @@ def _residual(residual: Residual) -> dict[str, Any]:
     return about
 
 
+def _kept_inputs(rounds: QInput) -> dict[str, Tensor]:
+    """Return the tensors of what calibration found about a layer's inputs."""
+    found: dict[str, Tensor] = {}
+    if rounds.range is not None:
+        assert isinstance(rounds.inputs.format.scale, torch.dtype)
+        found |= {"scale": rounds.range.scale, "zero": rounds.range.zero}
+    if rounds.spared is not None:
+        found["spared"] = rounds.spared
+    return found
+
+
+def _inputs(rounds: QInput) -> dict[str, Any]:
+    inputs = rounds.inputs
+    return {
+        "format": formats.to_json(inputs.format),
+        "static": inputs.static,
+        "threshold": inputs.threshold if math.isfinite(inputs.threshold) else None,
+        "dynamic": inputs.dynamic,
+    }
+
+
+def _read_inputs(name: str, about: Mapping[str, Any], width: int, tensors: dict[str, Tensor]) -> QInput:
+    threshold = math.inf if about["threshold"] is None else float(about["threshold"])
+    inputs = Inputs(formats.from_json(about["format"]), bool(about["static"]), threshold, bool(about["dynamic"]))
+    found, spared = None, None
+    if inputs.static:
+        found = Range(tensors.pop(f"{name}.input.scale"), tensors.pop(f"{name}.input.zero"))
+        if not all(x.shape == (1, 1) and _usable(x) for x in (found.scale, found.zero)) or not found.scale > 0:
+            raise ValueError(f"{name}.input.scale is no positive number")
+    if math.isfinite(threshold) and not inputs.dynamic:
+        spared = tensors.pop(f"{name}.input.spared")
+        if spared.dim() != 1 or not _inside(spared, width):
+            raise ValueError(f"{name}.input.spared does not fit {width} inputs")
+    return QInput(inputs, found, spared)
+
+
 def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor]) -> QWeight:
     rows, cols = about["shape"]
     base = _read_matrix(name, (int(rows), int(cols)), formats.from_json(about["format"]), tensors)
@@ -140,7 +183,9 @@ def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor]) -> QW
         residual = cls(**values)
         _check(residual, (int(rows), int(cols)))
         residuals.append(residual)
-    return QWeight(base, {}, tuple(residuals))
+    about_inputs = about.get("inputs")
+    rounds = None if about_inputs is None else _read_inputs(name, about_inputs, int(cols), tensors)
+    return QWeight(base, {}, tuple(residuals), rounds)
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -130,7 +130,8 @@ def parse(text: str) -> Format:
     none.
 
     The forms are GRID-(gN|fN|bNxM|channel|token|tensor)[-sym|-asym][-fp32|-bf16|-fp16|-e8m0][-zero-DTYPE], where
-    GRID is intB, nfK or another of `quantforge formats`; symmetric and fp32 if left out. The names are those of `NAMED`.
+    GRID is intB, nfK or another of `quantforge formats`; symmetric and fp32 if left out. The names are those of
+    `NAMED`.
     """
     if text in NAMED:
         return NAMED[text]

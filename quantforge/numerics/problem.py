@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantforge.numerics.formats import Format
-from quantforge.numerics.inputs import Inputs
+from quantforge.numerics.inputs import Inputs, QInput
 from quantforge.numerics.qtensor import QTensor
 from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import LowRank, Residual, Sparse
@@ -76,11 +76,13 @@ class QWeight:
     base       the codes
     notes      facts for the report, such as the damping that was used; plain JSON values
     residuals  what is kept beside the codes, put on in this order
+    inputs     how the layer rounds its inputs when it is called; None: not at all
     """
 
     base: QTensor
     notes: dict[str, Any]
     residuals: tuple[Residual, ...] = ()
+    inputs: QInput | None = None
 
     @property
     def nbits(self) -> int:
@@ -111,4 +113,5 @@ class QWeight:
 
     def rows(self, start: int, stop: int) -> QWeight:
         """Return what belongs to rows `start` to `stop`."""
-        return QWeight(self.base.rows(start, stop), self.notes, tuple(r.rows(start, stop) for r in self.residuals))
+        residuals = tuple(r.rows(start, stop) for r in self.residuals)
+        return QWeight(self.base.rows(start, stop), self.notes, residuals, self.inputs)
