@@ -73,7 +73,7 @@ class Native:
                     found |= _matrix(where, part)
                 elif isinstance(part, Tensor):
                     short = isinstance(residual, Sparse) and f.name == "columns" and residual.width <= 1 << 16
-                    found[where] = (part.to(torch.uint16) if short else part).contiguous()
+                    found[where] = (part.to(torch.uint16) if short else part).clone()
         if weight.inputs is not None:
             for key, part in _kept_inputs(weight.inputs).items():
                 found[f"{name}.input.{key}"] = part.clone()  # layers of one stage share it
