@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantforge.calibrate.stats import Statistics
 from quantforge.models import activations, arch, fold, moe
 from quantforge.models.walk import Call, Stage, walk
+from quantforge.numerics.inputs import Scheme
 from quantforge.numerics.problem import Problem
 from quantforge.numerics.ranges import Range
 from quantforge.plan import Plan
@@ -58,12 +59,12 @@ def quantize(
         _rescale(model, plan, transform, batches)
     stages = _stages(model, plan)
     found = _Gathered(plan.needs | collect, len(batches))
-    ahead = _float_walk(model, plan, batches, found) if "drift" in plan.needs else repeat(0)
+    ahead = _float_walk(model, plan, batches, found) if plan.needs & {"drift", "float_blocks"} else repeat(0)
     next(ahead, None)
     ranges: dict[str, Range] = {}
     for index in walk(_body(model), batches, stages, found.observe):
         if stages[index].block:
-            ranges |= _tune(stages[index], plan, found.calls.pop(index, []))
+            ranges |= _tune(stages[index], plan, found.calls.pop(index, []), found.float_calls.pop(index, []))
         else:
             statistics = found.statistics.pop(index, None)
             layers += solve(stages[index], plan, statistics, progress, ranges, ids.numel())
@@ -80,6 +81,7 @@ class _Gathered:
         self.statistics: dict[int, Statistics] = {}
         self.calls: dict[int, list[Call]] = {}
         self.float_inputs: dict[tuple[int, int], Tensor] = {}
+        self.float_calls: dict[int, list[Call]] = {}
 
     def observe(self, index: int, batch: int, x: Tensor | Call) -> None:
         """Add the input of a stage, or keep the call of a block."""
@@ -122,7 +124,9 @@ def _float_walk(model: nn.Module, plan: Plan, batches: list[Tensor], found: _Gat
     stages = _stages(twin, plan)
 
     def keep(index: int, batch: int, x: Tensor | Call) -> None:
-        if isinstance(x, Tensor) and moe.expert_of(stages[index].names[0]) is None:
+        if not isinstance(x, Tensor):
+            found.float_calls.setdefault(index, []).append(x)
+        elif "drift" in plan.needs and moe.expert_of(stages[index].names[0]) is None:
             found.float_inputs[index, batch] = x.detach()
 
     return walk(_body(twin), batches, stages, keep)
@@ -166,13 +170,12 @@ def _balanced(weight: Tensor, hessian: Tensor) -> Tensor:
     return weight * 2.0 ** -round(math.log2(energy) / 2) if energy > 0 else weight
 
 
-def _tune(stage: Stage, plan: Plan, calls: list[Call]) -> dict[str, Range]:
+def _tune(stage: Stage, plan: Plan, calls: list[Call], float_calls: list[Call]) -> dict[str, Range]:
     """Run the plan's tuners on one block; return the ranges of its layers by full name."""
     (path,), (block,) = stage.names, stage.modules
-    formats = {
-        name.removeprefix(f"{path}."): p.format for name, p in plan.layers.items() if name.startswith(f"{path}.")
-    }
+    inside = [p for name, p in plan.layers.items() if name.startswith(f"{path}.")]
+    schemes = {p.name.removeprefix(f"{path}."): Scheme(p.format, p.inputs) for p in inside}
     ranges: dict[str, Range] = {}
     for tuner in plan.recipe.tuners if calls else ():
-        ranges |= {f"{path}.{name}": r for name, r in tuner.tune(block, formats, calls).items()}
+        ranges |= {f"{path}.{name}": r for name, r in tuner.tune(block, schemes, calls, float_calls).items()}
     return ranges

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from quantforge.models.walk import Call
     from quantforge.numerics.formats import Format
+    from quantforge.numerics.inputs import Scheme
     from quantforge.numerics.problem import Problem, QWeight
     from quantforge.numerics.ranges import Range
     from quantforge.plan import Plan
@@ -74,20 +75,26 @@ class Transform(Protocol):
 
 
 class Tuner(Protocol):
-    """Trains, on one decoder block at a time, what its layers are then rounded with.
+    """Trains, on one decoder block at a time, its weights, or what its layers are then rounded with.
 
-    Laws: the error of the block's output with all its layers rounded is not raised; the float weights stay as they are.
+    Law: the error of the block's output with all its layers rounded is not raised.
     """
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Return the statistics it wants collected, and "blocks": the calls of every block."""
+        """Return the statistics it wants collected, with "blocks": the calls of every block, and "float_blocks"."""
 
     def refuses(self, shape: Shape, fmt: Format) -> str | None:
         """Return why a layer of `shape` (out, in) stored in `fmt` cannot be trained; None if it can."""
 
-    def tune(self, block: nn.Module, formats: Mapping[str, Format], calls: Sequence[Call]) -> dict[str, Range]:
-        """Return the range of each layer, by its name within `block`, from the arguments of its calls."""
+    def tune(
+        self, block: nn.Module, schemes: Mapping[str, Scheme], calls: Sequence[Call], float_calls: Sequence[Call]
+    ) -> dict[str, Range]:
+        """Return the range of each layer whose range was trained, by its name within `block`; weights change in place.
+
+        calls        the arguments with which the model, rounded up to here, calls the block, batch by batch
+        float_calls  those of the float model, if "float_blocks" are needed
+        """
 
 
 class Correction(Protocol):

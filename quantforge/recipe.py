@@ -118,7 +118,7 @@ def load(
         "tuners": [_slot(s) for s in raw["tuners"]],
         "corrections": [_slot(s) for s in raw["corrections"]],
     }
-    rounding = _inputs(raw["inputs"] if inputs is None else {**(raw["inputs"] or {}), "format": inputs})
+    rounding = _inputs(raw["inputs"], inputs)
     for key, value in (settings or {}).items():
         if rounding is not None and key.startswith("inputs."):
             rounding = _adjust(rounding, key.removeprefix("inputs."), value)
@@ -233,14 +233,18 @@ def _join(name: str, raws: list[dict[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def _inputs(raw: Mapping[str, Any] | str | None) -> Inputs | None:
-    """Return how inputs are rounded, from a notation or from {"format": …, "threshold": …}; None for "float"."""
-    if isinstance(raw, str):
-        raw = {"format": raw}
-    if raw is None or raw["format"] == "float":
+def _inputs(raw: Mapping[str, Any] | str | None, asked: str | None) -> Inputs | None:
+    """Return how inputs are rounded; None for "float" or nothing.
+
+    raw    the recipe's notation, or {"format": …, "threshold": …}
+    asked  the user's notation, which replaces the recipe's format
+    """
+    own: dict[str, Any] = {"format": raw} if isinstance(raw, str) else dict(raw or {"format": "float"})
+    text = asked or own["format"]
+    if text == "float":
         return None
     try:
-        return replace(parse_inputs(raw["format"]), **{k: v for k, v in raw.items() if k != "format"})
+        return replace(parse_inputs(text), **{k: v for k, v in own.items() if k != "format"})
     except ValueError as error:
         raise RecipeError(222, f"inputs: {error}.") from error
 
@@ -256,6 +260,13 @@ def _adjust(rounding: Inputs, option: str, value: Any) -> Inputs:
         return replace(rounding, **{option: registry.coerce(f"inputs.{option}", value, kinds[option])})
     except ValueError as error:
         raise RecipeError(222, f"inputs: {error}.") from error
+
+
+def slots(name: str) -> list[tuple[str, str]]:
+    """Return the parts of the bundled recipe `name`: their kinds and the names they are registered by."""
+    raw = _read(name)
+    many = [(kind, _slot(s)[0]) for kind, field in _PARTS.items() if kind != "solver" for s in raw[field]]
+    return [("solver", _slot(raw["solver"])[0]), *many]
 
 
 def _slot(slot: str | dict[str, dict[str, Any]]) -> _Slot:

@@ -27,6 +27,7 @@ _BUILT_IN = (
     "quantforge.transforms.awq",
     "quantforge.transforms.smoothquant",
     "quantforge.tuners.lwc",
+    "quantforge.tuners.lkd",
     "quantforge.corrections.lorc",
     "quantforge.exporters.compressed_tensors",
     "quantforge.exporters.bitsandbytes",

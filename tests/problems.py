@@ -70,7 +70,10 @@ def problem(
     weight = weights(w, out, width, rng).float().to(dtype)
     hessian = (sample.T @ sample * (2 / count)).float().to(dtype)
     moved = drifted(sample + drift * sample.roll(1, 1), sample, dtype) if drift else None
-    return Problem("layer", weight, parse(fmt), hessian, sample.abs().mean(0).to(dtype), moved)
+    extremes = (sample.amin(0).clamp(max=0).to(dtype), sample.amax(0).clamp(min=0).to(dtype))
+    return Problem(
+        "layer", weight, parse(fmt), hessian, sample.abs().mean(0).to(dtype), moved, None, extremes, sample.to(dtype)
+    )
 
 
 def drifted(float_inputs: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Drift:

@@ -192,6 +192,13 @@ def get_weight(module: nn.Module) -> torch.Tensor:
     return (weight.T if isinstance(module, Conv1D) else weight).detach().float()
 
 
+def as_parameter(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight` [out, in] as the layer's own parameter would hold it."""
+    own = module.weight
+    assert isinstance(own, torch.Tensor)
+    return (weight.T if isinstance(module, Conv1D) else weight).to(own.dtype)
+
+
 def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Put `weight` [out, in] into a linear layer, in the layer's own dtype and orientation."""
     target = module.weight

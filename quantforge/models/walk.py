@@ -36,6 +36,14 @@ class Stage:
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one call of a block
 
 
+def output_of(block: nn.Module, weights: dict[str, Tensor], call: Call) -> Tensor:
+    """Return the hidden states that `block` makes of one call, with `weights` in place of parameters of those names."""
+    args, kwargs = call
+    found: Any = torch.func.functional_call(block, weights, args, kwargs)
+    hidden: Tensor = found[0] if isinstance(found, tuple) else found
+    return hidden
+
+
 class _Parked(greenlet):
     """One batch on its way; `at` is the index of the stage it waits for."""
 

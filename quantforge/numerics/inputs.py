@@ -64,6 +64,14 @@ def parse_inputs(text: str) -> Inputs:
 
 
 @dataclass(frozen=True)
+class Scheme:
+    """How one layer is to be computed with: the format of its weights, and how it rounds its inputs, if it does."""
+
+    weights: Format
+    inputs: Inputs | None = None
+
+
+@dataclass(frozen=True)
 class QInput:
     """How one layer rounds its inputs: `inputs` with what calibration found.
 

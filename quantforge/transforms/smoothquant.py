@@ -54,13 +54,13 @@ class SmoothQuant:
         """Return the scales [in], by which weights are multiplied; ones where no input was seen."""
         assert problem.extremes is not None
         low, high = problem.extremes
-        size = tie(torch.maximum(low.abs(), high.abs()))
+        size = torch.nan_to_num(torch.maximum(low.abs(), high.abs()), nan=0.0, posinf=0.0)
         if not bool((size > 0).any()):
             return torch.ones_like(size)
         if not self.search or problem.samples is None or not len(problem.samples):
-            return smooth(size, problem.weight, self.alpha)
-        tried = [(self._error(problem, smooth(size, problem.weight, alpha)), alpha) for alpha in ALPHAS]
-        return smooth(size, problem.weight, min(tried)[1])
+            return tie(smooth(size, problem.weight, self.alpha))
+        tried = [(self._error(problem, tie(smooth(size, problem.weight, alpha))), alpha) for alpha in ALPHAS]
+        return tie(smooth(size, problem.weight, min(tried)[1]))
 
     def _error(self, problem: Problem, scales: Tensor) -> float:
         """Return Σ (X Wᵀ − Q(X / s) Q(W s)ᵀ)² over the samples."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from quantforge.models import arch
-from quantforge.models.walk import Call
+from quantforge.models.walk import Call, output_of
 from quantforge.numerics import ranges
 from quantforge.numerics.blocks import Flat, spread, tiles
 from quantforge.numerics.formats import Format
 from quantforge.numerics.grids import IntGrid
+from quantforge.numerics.inputs import Scheme
 from quantforge.numerics.ranges import Range
 from quantforge.registry import register
 
@@ -61,18 +60,20 @@ class LWC:
             return f"learned clipping trains the ends of integer ranges, which {fmt} is not; int4-g64-asym is."
         return None
 
-    def tune(self, block: nn.Module, formats: Mapping[str, Format], calls: Sequence[Call]) -> dict[str, Range]:
+    def tune(
+        self, block: nn.Module, schemes: Mapping[str, Scheme], calls: Sequence[Call], float_calls: Sequence[Call]
+    ) -> dict[str, Range]:
         """Return the range of each layer, by its name within `block`, as its format stores it.
 
-        calls  the arguments of `block` for every calibration batch
+        calls  the arguments of `block` for every calibration batch; those of the float model play no part
         """
         used = [calls[int(i / self.share)] for i in range(max(1, int(len(calls) * self.share)))]
         layers = [
-            _Layer(name, module, fmt)
-            for name, fmt, module in ((n, f, block.get_submodule(n)) for n, f in formats.items())
+            _Layer(name, module, scheme.weights)
+            for name, scheme, module in ((n, s, block.get_submodule(n)) for n, s in schemes.items())
         ]
         with torch.no_grad():
-            targets = [_output(block, {}, call) for call in used]
+            targets = [output_of(block, {}, call) for call in used]
             plain = self._error(block, layers, used, targets, trained=False)
         if not plain > 0:
             return {layer.name: layer.range(trained=False) for layer in layers}
@@ -83,7 +84,7 @@ class LWC:
             for _ in range(self.epochs):
                 for call, target in zip(used, targets, strict=True):
                     weights = dict(layer.rounded() for layer in layers)
-                    loss = F.mse_loss(_output(block, weights, call).float(), target.float()) / size
+                    loss = F.mse_loss(output_of(block, weights, call).float(), target.float()) / size
                     # only for these: the model's own parameters collect no gradients
                     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -98,7 +99,7 @@ class LWC:
     ) -> float:
         """Return the summed squared error of the block's output with all its layers rounded, as they will be stored."""
         weights = dict(layer.stored(trained=trained) for layer in layers)
-        errors = (_output(block, weights, c) - t for c, t in zip(calls, targets, strict=True))
+        errors = (output_of(block, weights, c) - t for c, t in zip(calls, targets, strict=True))
         return sum(float(e.double().square().sum()) for e in errors)
 
 
@@ -107,7 +108,7 @@ class _Layer:
 
     def __init__(self, name: str, module: nn.Module, fmt: Format) -> None:
         self.name, self.weight, self.format = name, arch.get_weight(module), fmt
-        self.transposed, self.dtype = isinstance(module, Conv1D), next(module.parameters()).dtype
+        self.module = module
         self.low, self.high = tiles(self.weight, fmt.block).aminmax(dim=-1)
         self.gamma = torch.full_like(self.high, _START, requires_grad=True)
         self.beta = torch.full_like(self.low, _START, requires_grad=True)
@@ -147,16 +148,9 @@ class _Layer:
         return self._parameter((value - z) * s)
 
     def _parameter(self, weight: Tensor) -> tuple[str, Tensor]:
-        return f"{self.name}.weight", (weight.T if self.transposed else weight).to(self.dtype)
+        return f"{self.name}.weight", arch.as_parameter(self.module, weight)
 
 
 def _through(x: Tensor, rounded: Tensor) -> Tensor:
     """Return `rounded` with the gradient of `x` (straight-through estimator, arXiv:1308.3432)."""
     return x + (rounded - x).detach()
-
-
-def _output(block: nn.Module, weights: dict[str, Tensor], call: Call) -> Tensor:
-    args, kwargs = call
-    found: Any = torch.func.functional_call(block, weights, args, kwargs)
-    hidden: Tensor = found[0] if isinstance(found, tuple) else found
-    return hidden

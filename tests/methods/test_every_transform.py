@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quantforge.registry import create, find, names
 
 TRANSFORMS = names("transform")
-STATISTICS = {"hessian", "magnitude", "drift"}
+STATISTICS = {"hessian", "magnitude", "drift", "extremes", "samples"}
 LAYERS = {
     "fmt": st.sampled_from(["int3-g16-asym", "int4-channel-sym", "nf4-f10", "spqr3-g16", "nf4-dq", "int4-tensor-sym"]),
     "out": st.integers(1, 6),
@@ -33,7 +33,7 @@ def in_pairs(x):
 
 
 def test_the_built_in_transforms_are_there():
-    assert "awq" in TRANSFORMS
+    assert {"awq", "smoothquant"} <= set(TRANSFORMS)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -83,9 +83,11 @@ def test_it_looks_at_nothing_that_it_does_not_ask_for(problem, transform):
 @pytest.mark.parametrize("spoil", [0.0, torch.nan, torch.inf])
 def test_statistics_that_say_nothing_give_usable_scales(problem, transform, spoil):
     p = problem("int3-g16-asym", 6, 48)
-    for part in ("hessian", "magnitude"):
-        bad = getattr(p, part).clone()
-        bad[...] = spoil
+    for part in ("hessian", "magnitude", "extremes"):
+        kept = getattr(p, part)
+        bad = (
+            tuple(torch.full_like(x, spoil) for x in kept) if isinstance(kept, tuple) else torch.full_like(kept, spoil)
+        )
         scales = create("transform", transform).scales(replace(p, **{part: bad}), alone)
         assert (scales > 0).all()
         assert scales.isfinite().all()

@@ -10,6 +10,7 @@ from quantforge import plan as planning
 from quantforge.errors import PlanError
 from quantforge.models import arch, tiny
 from quantforge.numerics.formats import parse
+from quantforge.numerics.inputs import Scheme
 from quantforge.numerics.qtensor import fit, quantize
 from quantforge.registry import create, find, names
 
@@ -39,15 +40,18 @@ def block_error(block: torch.nn.Module, weights: dict[str, torch.Tensor], calls:
         )
 
 
-@pytest.mark.parametrize("tuner", TUNERS)
+METHODS = {part: name for name in recipe.names() for kind, part in recipe.slots(name) if kind == "tuner"}
+
+
 @pytest.mark.parametrize("text", FORMATS)
-def test_the_rounded_block_errs_no_more_and_float_weights_stay(tuner, text):
+def test_learned_clipping_leaves_float_weights_and_the_rounded_block_errs_no_more(text):
     model = tiny.make("llama")
     block, before = model.get_submodule("model.layers.0"), copy.deepcopy(model.state_dict())
     fmt = parse(text)
     formats = {n: fmt for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
     calls = calls_of(model, torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(0)))
-    found = create("tuner", tuner, {"share": 1.0}).tune(block, formats, calls)
+    schemes = {n: Scheme(fmt) for n in formats}
+    found = create("tuner", "lwc", {"share": 1.0}).tune(block, schemes, calls, [])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert list(found) == list(formats)
@@ -69,7 +73,8 @@ def test_learned_clipping_gains_on_a_block_with_outlying_weights():
             module.weight.data[:, ::16] *= 4
     formats = {n: parse("int3-channel-asym") for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
     calls = calls_of(model, torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0)))
-    found = create("tuner", "lwc", {"share": 1.0}).tune(block, formats, calls)
+    schemes = {n: Scheme(fmt) for n, fmt in formats.items()}
+    found = create("tuner", "lwc", {"share": 1.0}).tune(block, schemes, calls, [])
     errors = []
     for trained in (True, False):
         weights = {}
@@ -84,8 +89,7 @@ def test_learned_clipping_gains_on_a_block_with_outlying_weights():
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "phi3", "opt"])
 def test_it_runs_in_the_pipeline_on_every_kind_of_block(tuner, kind):
     model = tiny.make(kind)
-    method = {"lwc": "lwc"}[tuner]
-    plan = planning.make(model, recipe.load(method, bits=3, group_size=32), torch.float32)
+    plan = planning.make(model, recipe.load(METHODS[tuner], bits=3, group_size=32), torch.float32)
     ids = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
     rows = pipeline.quantize(model, plan, ids)
     assert [row.name for row in rows] == list(plan.layers)
