@@ -17,10 +17,12 @@ from quantforge import checkpoint, exporters, pipeline, recipe
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
 from quantforge.errors import DataError, PlanError, clean
-from quantforge.evaluation import perplexity
+from quantforge.evaluation import decoding, perplexity
+from quantforge.evaluation.perplexity import Score
 from quantforge.memory import PeakMemory
 from quantforge.models import check
 from quantforge.models import load as loading
+from quantforge.models.kvcache import KVCache, KVFormat, parse_kv
 from quantforge.plan import Plan
 from quantforge.progress import bar
 from quantforge.result import Result
@@ -205,14 +207,18 @@ def check_length(config: Any, seq_len: int) -> None:
 class Evaluation:
     """The perplexity of a model, and on what.
 
-    perplexity  exp of the mean over windows of the mean cross-entropy of their seq_len − 1 predictions
-    model       its name
-    data        where the tokens came from
+    perplexity       exp of the mean over windows of the mean cross-entropy of their seq_len − 1 predictions
+    model            its name
+    data             where the tokens came from
+    kv               how the cache was stored through which it was decoded; None: no cache, all tokens at once
+    bytes_per_token  of that cache, measured
     """
 
     perplexity: float
     model: str
     data: dict[str, Any]
+    kv: str | None = None
+    bytes_per_token: float | None = None
 
     def record(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -225,6 +231,7 @@ def evaluate(
     data: str | Path | Tensor = "python-docs",
     seq_len: int = 512,
     windows: int | None = 48,
+    kv: str | None = None,
     device: str = "cpu",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
@@ -234,8 +241,11 @@ def evaluate(
     model    a folder, a hub id, None for the demo model, or a model in memory
     data     a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
     windows  how many non-overlapping windows from the start; None takes all
+    kv       "int8-token", "int4-kivi-g32-w32", …: decode token by token, all windows at once, through a cache that is
+             stored so; PlanError for another notation
     """
     loading.check_device(device)
+    cache = None if kv is None else cache_format(kv)
     data = _checked(data, "evaluation")
     build: Callable[[], nn.Module]
     if isinstance(model, nn.Module):
@@ -252,9 +262,28 @@ def evaluate(
         name, config, build = source.name, source.config, functools.partial(loading.model, source, device)
     ids, provenance = token_ids(data, "evaluation", tokenizer=tokenizer, config=config, seq_len=seq_len, count=windows)
     built = build()
+    if cache is not None:
+        score, size = decode(built, ids, cache)
+        return Evaluation(score.perplexity, name, provenance, kv, size)
     with bar("perplexity", len(ids)) as step:
         score = perplexity.evaluate(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
     return Evaluation(score.perplexity, name, provenance)
+
+
+def decode(model: nn.Module, ids: Tensor, fmt: KVFormat) -> tuple[Score, float]:
+    """Score `model` on ids [windows, seq_len] token by token through a cache kept in `fmt`, with its bytes a token."""
+    with bar(f"decoding through {fmt}", ids.shape[1] - 1) as step:
+        return decoding.evaluate_decoding(
+            model, ids, lambda: KVCache(fmt, model.config), progress=lambda loss: step(f"loss {loss:.3f}")
+        )
+
+
+def cache_format(text: str) -> KVFormat:
+    """Read the notation of a cache; PlanError if it is none."""
+    try:
+        return parse_kv(text)
+    except ValueError as error:
+        raise PlanError(272, f"kv: {error}.") from error
 
 
 def _dequantized(folder: Path, device: str, trusted: bool) -> nn.Module:

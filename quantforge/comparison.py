@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from quantforge.exporters.native import Native
 from quantforge.memory import in_use
 from quantforge.models import activations, arch, moe
 from quantforge.models import load as loading
+from quantforge.models.kvcache import KVFormat
 from quantforge.numerics.blocks import Flat
 from quantforge.numerics.formats import Format
 from quantforge.plan import Plan, check_export, make
@@ -38,6 +40,7 @@ PROTOCOL = (
     "of their seq_len − 1 predictions; KL = mean over the same predictions of KL(float ‖ quantized); float32 throughout"
 )
 FLOAT = "fp"
+CACHE = "kv:"
 
 
 def compare(
@@ -66,7 +69,8 @@ def compare(
     """Quantize one model by each of `methods` at each of `bits`, score every result, and report.
 
     methods  names from `quantforge methods`, two joined by "+", a suite such as "all-weights" (which brings its own
-             widths), and "fp" for the float model, which always runs as the reference
+             widths), "kv:int8-token" for the float model decoded through a cache that is stored so, and "fp" for the
+             float model, which always runs as the reference
     keep     a folder that receives the checkpoint of every run, named by its label
     out      a folder for report.json, report.md and report.html
     command  the command line, for the report
@@ -75,6 +79,7 @@ def compare(
     weight is read. Raises the subclasses of QuantForgeError.
     """
     recipes = _recipes(methods, bits, (group_size, symmetric, inputs), settings or {}, overrides)
+    caches = _caches(methods)
     loading.check_device(device)
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
     skeleton = source.skeleton()
@@ -128,6 +133,9 @@ def compare(
         del result  # its codes would count as the next run's memory
         if out is not None:  # what is done is not lost, whatever becomes of the runs to come
             write_text(Path(out) / "report.json", record.to_json(so_far()))
+    for label, fmt in caches.items():
+        _restore(built, originals)
+        runs.append(_cache_run(label, fmt, built, ids, runs[0]))
     found = so_far()
     if out is not None:
         report.write(found, Path(out))
@@ -150,11 +158,11 @@ def _recipes(
     for name in (m for m in methods if m in recipe.suites()):
         if any(option is not None for option in format_options) or overrides:
             raise RecipeError(221, f"the suite {name!r} brings its own formats; leave --group-size and the like out.")
-        recipes |= {wish.label: wish.recipe() for wish in recipe.suite(name)}
+        recipes |= {wish.label: wish.recipe() for wish in recipe.suite(name) if not wish.method.startswith(CACHE)}
     suited = set(recipes)
     for width in bits:
         for method in methods:
-            if method == FLOAT or method in recipe.suites():
+            if method == FLOAT or method in recipe.suites() or method.startswith(CACHE):
                 continue
             for part in method.split("+"):
                 pick("method", part, [FLOAT, *recipe.names(), *recipe.suites()])
@@ -176,6 +184,23 @@ def _recipes(
     if unused and recipes:
         raise RecipeError(209, f"none of the methods {', '.join(methods)} has the setting {min(unused)!r}.")
     return recipes
+
+
+def _caches(methods: Sequence[str]) -> dict[str, KVFormat]:
+    """Return the caches that `methods`, or the suites among them, ask for, by label."""
+    rows = [wish.method for name in methods if name in recipe.suites() for wish in recipe.suite(name)]
+    asked = [name for name in (*methods, *rows) if name.startswith(CACHE)]
+    return {name: api.cache_format(name.removeprefix(CACHE)) for name in asked}
+
+
+def _cache_run(label: str, fmt: KVFormat, model: nn.Module, ids: Tensor, level: Run) -> Run:
+    """Return the row of the float model decoded token by token through a cache stored in `fmt`."""
+    score, size = api.decode(model, ids, fmt)
+    note = f"decoded token by token through a cache of {size:,.0f} bytes a token; weights and inputs stay in float"
+    return replace(
+        level, label=label, method=label, perplexity=score.perplexity, kl=math.nan, options={"cache": str(fmt)},
+        notes=(note,),
+    )  # fmt: skip
 
 
 def _originals(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:

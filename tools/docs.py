@@ -33,6 +33,9 @@ STATISTICS = {
     "magnitude": "mean size of each input channel",
     "drift": "how far each layer's inputs have moved from the float model's",
     "blocks": "the calls of every decoder block",
+    "float_blocks": "those of the float model's",
+    "extremes": "the smallest and largest value of each input channel",
+    "samples": "some inputs of each layer",
 }
 
 
@@ -62,7 +65,8 @@ def index_page() -> str:
     rows = []
     for name in recipe.names():
         chosen = recipe.load(name)
-        rows.append([f"[{name}](methods/{name}.md)", escape_markdown(chosen.about), f"`{chosen.weights.short}`"])
+        stored = f"`{chosen.weights.short}`" + (f", inputs `{chosen.inputs.short}`" if chosen.inputs else "")
+        rows.append([f"[{name}](methods/{name}.md)", escape_markdown(chosen.about), stored])
     return f"""# Methods
 
 {table(["method", "what it does", "stores"], rows)}
@@ -115,6 +119,11 @@ def _facts(chosen: Recipe, data: str) -> list[list[str]]:
     more = ", and the weights kept in float on top" if chosen.solver.extends_format else ""
     return [
         ["stores", f"`{chosen.weights.short}`: {bits / SIDE**2:.3f} bits per weight of a {SIDE} x {SIDE} layer{more}"],
+        *(
+            [["inputs", f"rounded when a layer is called: {escape_markdown(str(chosen.inputs))}"]]
+            if chosen.inputs
+            else []
+        ),
         ["data", f"calibration text, for {data}" if data else "none: the weights alone"],
         ["saved as", f"{registered('exporter', type(exporter))}: {_first_line(exporter)}"],
         ["left alone", ", ".join(f"`{s}`" for s in chosen.skip)],

@@ -33,9 +33,9 @@ from quantforge.result import Result
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PACK, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
-# What stock transformers computes in bfloat16 as far as ours, relative to the norm of the logits: it rounds x / s to 8
-# bits before it rounds to codes, so that inputs near the middle of two get the other one. Measured 0.025 to 0.047 for
-# int8 and 0.052 to 0.082 for E4M3, whose steps are wider.
+# How far stock transformers is from ours in bfloat16, relative to the norm of the logits of these small random models:
+# measured 0.024 to 0.047 for int8 and 0.052 to 0.082 for E4M3, whose steps are wider. It rounds x / s to 8 bits, but is
+# about as far from the logits in float32 as ours in bfloat16 are: measured 1.07 to 1.12 times in three of the cases.
 COARSE = {"int8": 0.08, "e4m3": 0.13}
 CASES = [
     ("llama", "int8-channel-sym", "int8-token", BF16, INT),
@@ -118,13 +118,16 @@ def names(result: Result) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "weights", "inputs", "dtype", "layout"), CASES)
-def test_in_bfloat16_stock_transformers_rounds_inputs_more_coarsely(tmp_path, kind, weights, inputs, dtype, layout):
+def test_in_bfloat16_stock_transformers_is_about_as_exact(tmp_path, kind, weights, inputs, dtype, layout):
     quantized(kind, weights, inputs, dtype).save(tmp_path / "out")
     ours = logits(quantforge.load(tmp_path / "out", BF16)).float()
     theirs = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=BF16)).float()
     if inputs is None:
         assert torch.equal(ours, theirs)
-    elif inputs[:4] in COARSE:  # int4 is too coarse for any bound to say something
+        return
+    exact = logits(quantforge.load(tmp_path / "out", FP32))
+    assert (theirs - exact).norm() < 1.5 * (ours - exact).norm()
+    if inputs[:4] in COARSE:  # int4 is too coarse for any bound to say something
         assert (theirs - ours).norm() < COARSE[inputs[:4]] * ours.norm()
 
 
