@@ -235,6 +235,9 @@ def _solve(
         for correction in group[0].corrections:
             solved = correction.correct(blank, solved)
         approx = solved.dequantize()
+        own = next(modules[group[0].name].parameters()).dtype
+        # a sum of parts is rounded as loaders round it
+        installed = solved.dequantize(own) if solved.residuals and own != approx.dtype else approx
         errors, energies = problem.row_losses(approx), problem.row_losses(torch.zeros_like(approx))
         top = 0
         for p in group:
@@ -243,7 +246,7 @@ def _solve(
             loss, energy = (float(v[rows].double().sum()) for v in (errors, energies))
             weight = _part(solved, rows, [p.name for p in group])
             done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0))
-            arch.set_weight(modules[p.name], approx[rows])
+            arch.set_weight(modules[p.name], installed[rows])
     each = (time.perf_counter() - start) / len(done)
     layers = [Layer(name, weight, loss, relative, seen, each) for name, weight, loss, relative in done]
     for layer in layers:
