@@ -59,6 +59,7 @@ def compare(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
     keep: str | Path | None = None,
+    resume: bool = False,
     trust_remote_code: bool = False,
     command: str = "",
 ) -> Report:
@@ -68,6 +69,8 @@ def compare(
              widths), and "fp" for the float model, which always runs as the reference
     keep     a folder that receives the checkpoint of every run, named by its label
     out      a folder for report.json, report.md and report.html
+    resume   take over the runs of a report.json in `out` that was made on the same tokens, versions and machine, as a
+             comparison leaves it that was interrupted
     command  the command line, for the report
 
     The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
@@ -81,16 +84,12 @@ def compare(
     if out is not None:
         _check_report_folder(Path(out), source.path)
     if keep is not None:
-        for label, plan in plans.items():
-            check_export(plan, exporters.choose(plan))
-            target = Path(keep) / label
-            if os.path.lexists(target):
-                raise PlanError(271, f"--keep {target} exists; choose another folder, or remove it first.")
-            check_target(target, overwrite=False, inputs=(source.path,))
+        _check_kept(Path(keep), plans, source)
     tokenizer = loading.tokenizer(source)
     tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=seq_len)
     calib, calib_from = tokens(calibration, "calibration", count=samples, shuffle=shuffle, seed=seed)
     ids, data_from = tokens(data, "evaluation", count=windows)
+    done = _done(out, source.name, calib_from, data_from) if resume else {}
     built = loading.model(source, device)
     with bar(FLOAT, len(ids)) as step:
         reference, score = perplexity.make_reference(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
@@ -114,6 +113,9 @@ def compare(
         )
 
     for label, plan in plans.items():
+        if label in done and done[label].options == _told(plan) and keep is None:
+            runs.append(done[label])
+            continue
         _restore(built, originals)
         needed = calib if plan.needs else None
         result = api.run(
@@ -170,6 +172,28 @@ def _recipes(
     return recipes
 
 
+def _done(
+    out: str | Path | None, model: str, calibration: dict[str, Any], evaluation: dict[str, Any]
+) -> dict[str, Run]:
+    """Return the runs of the report in `out` by label; PlanError if it is another model's, or made on other tokens,
+    versions or machines."""
+    if out is None or not (Path(out) / "report.json").exists():
+        return {}
+    found = record.from_json((Path(out) / "report.json").read_text(encoding="utf-8"))
+    ours = (model, calibration, evaluation, record.versions(), record.machine())
+    theirs = (found.model, found.calibration, found.evaluation, found.versions, found.machine)
+    names = ("model", "calibration tokens", "evaluation tokens", "versions", "machine")
+    for name, mine, other in zip(names, ours, theirs, strict=True):
+        if mine != other:
+            raise PlanError(272, f"--resume: the report in {out} was made with other {name}; leave --resume out.")
+    return {run.label: run for run in found.runs}
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """Return what a report says of a plan: the format and every option of its parts."""
+    return {"format": str(plan.recipe.weights.with_scale(plan.dtype)), **_options(plan.recipe)}
+
+
 def _originals(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:
     """Keep copies of the parameters that any plan will overwrite, by name.
 
@@ -194,6 +218,16 @@ def _check_report_folder(out: Path, model: Path) -> None:
     if os.path.lexists(out) and not out.is_dir():
         raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
     check_writable(out)
+
+
+def _check_kept(keep: Path, plans: Mapping[str, Plan], source: loading.Source) -> None:
+    """Refuse, before any work, what no format holds, and checkpoints that are there already."""
+    for label, plan in plans.items():
+        check_export(plan, exporters.choose(plan))
+        target = keep / label
+        if os.path.lexists(target):
+            raise PlanError(271, f"--keep {target} exists; choose another folder, or remove it first.")
+        check_target(target, overwrite=False, inputs=(source.path,))
 
 
 def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
@@ -241,7 +275,7 @@ def _score(
         peak_memory_bytes=result.peak_memory,
         bytes_on_disk=size,
         disk_note=note,
-        options={"format": str(plan.recipe.weights.with_scale(plan.dtype)), **_options(plan.recipe)},
+        options=_told(plan),
         layers=tuple(_row(layer) for layer in result.layers),
         notes=(*result.fallbacks(), *filter(None, [reference.missing, _bias(plan, source)])),
     )
