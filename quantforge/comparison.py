@@ -89,12 +89,14 @@ def compare(
     tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=seq_len)
     calib, calib_from = tokens(calibration, "calibration", count=samples, shuffle=shuffle, seed=seed)
     ids, data_from = tokens(data, "evaluation", count=windows)
-    done = _done(out, source.name, calib_from, data_from) if resume else {}
+    done = _done(out, source.name, calib_from, data_from) if resume and keep is None else {}
+    done = {k: run for k, run in done.items() if k in plans and run.options == _told(plans[k])}
     built = loading.model(source, device)
     with bar(FLOAT, len(ids)) as step:
         reference, score = perplexity.make_reference(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
     runs = [_float_run(score, skeleton, source)]
     originals = _originals(built, plans.values())
+    losses = _float_losses(built, {k: p for k, p in plans.items() if not p.needs and k not in done}, calib)
     before = in_use(device)
 
     def so_far() -> Report:
@@ -113,7 +115,7 @@ def compare(
         )
 
     for label, plan in plans.items():
-        if label in done and done[label].options == _told(plan) and keep is None:
+        if label in done:
             runs.append(done[label])
             continue
         _restore(built, originals)
@@ -121,9 +123,8 @@ def compare(
         result = api.run(
             built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from, memory_before=before
         )
-        if needed is None:  # once more, unclocked, to learn what its rounding does to the layers' outputs
-            _restore(built, originals)
-            result = replace(result, layers=tuple(pipeline.quantize(built, plan, calib)))
+        if needed is None:
+            result = replace(result, layers=tuple(_judged(layer, losses[label]) for layer in result.layers))
         runs.append(_score(label, result, source, ids, reference, None if keep is None else Path(keep)))
         del result  # its codes would count as the next run's memory
         if out is not None:  # what is done is not lost, whatever becomes of the runs to come
@@ -170,6 +171,18 @@ def _recipes(
     if unused and recipes:
         raise RecipeError(209, f"none of the methods {', '.join(methods)} has the setting {min(unused)!r}.")
     return recipes
+
+
+def _float_losses(
+    model: nn.Module, plans: Mapping[str, Plan], ids: Tensor
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return what the rounding of methods without data does to the layers' outputs: (loss, relative loss) by name."""
+    return pipeline.float_losses(model, plans, ids) if plans else {}
+
+
+def _judged(layer: Layer, losses: Mapping[str, tuple[float, float]]) -> Layer:
+    loss, relative = losses[layer.name]
+    return replace(layer, loss=loss, relative_loss=relative)
 
 
 def _done(

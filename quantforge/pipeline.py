@@ -87,6 +87,31 @@ def quantize(
     return layers
 
 
+def float_losses(model: nn.Module, plans: Mapping[str, Plan], ids: Tensor) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return what the rounding of plans that need no data does to outputs: (loss, relative loss) on float inputs.
+
+    By the names of the plans and of the layers, from one walk of the float `model`, which stays as it is.
+    """
+    device = next(model.parameters()).device
+    batches = [b.to(device) for b in torch.split(ids, max(BATCH_TOKENS // ids.shape[1], 1))]
+    stages = arch.find_stages(model)[0]
+    gathered: dict[int, Statistics] = {}
+
+    def observe(index: int, batch: int, x: Tensor) -> None:
+        if index not in gathered:
+            gathered[index] = Statistics(frozenset({"hessian"}), x.shape[-1], x.device)
+        gathered[index].add(batch, x)
+
+    found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in plans}
+    for index in walk(_body(model), batches, stages, observe):
+        statistics = gathered.pop(index, None)
+        for name, plan in plans.items():
+            for stage in plan.select([stages[index]]):
+                layers = _solve(stage, plan, statistics, lambda layer: None, install=False)
+                found[name] |= {layer.name: (layer.loss, layer.relative_loss) for layer in layers}
+    return found
+
+
 class _Gathered:
     """What a walk has collected for the stages that wait to be solved."""
 
@@ -206,6 +231,8 @@ def _solve(
     progress: Progress,
     ranges: Mapping[str, Range] = MappingProxyType({}),
     total: int = 0,
+    *,
+    install: bool = True,
 ) -> list[Layer]:
     """Solve one stage's layers, stacked along the rows where their format allows, and install the results.
 
@@ -246,7 +273,8 @@ def _solve(
             loss, energy = (float(v[rows].double().sum()) for v in (errors, energies))
             weight = _part(solved, rows, [p.name for p in group])
             done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0))
-            arch.set_weight(modules[p.name], installed[rows])
+            if install:
+                arch.set_weight(modules[p.name], installed[rows])
     each = (time.perf_counter() - start) / len(done)
     layers = [Layer(name, weight, loss, relative, seen, each) for name, weight, loss, relative in done]
     for layer in layers:
