@@ -253,7 +253,8 @@ def evaluate(
     elif model is not None and checkpoint.is_quantized(Path(model)):
         folder = Path(model)
         name, config = clean(folder.name), checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
-        tokenizer = tokenizer or loading.read_tokenizer(folder, trust_remote_code=trust_remote_code)
+        if not isinstance(data, Tensor):
+            tokenizer = tokenizer or loading.read_tokenizer(folder, trust_remote_code=trust_remote_code)
         build = functools.partial(_dequantized, folder, device, trust_remote_code)
     else:
         source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)

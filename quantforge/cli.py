@@ -301,6 +301,7 @@ def evaluate(
     "--out", "-o", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the report."
 )
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder to keep every checkpoint in.")
+@click.option("--resume", is_flag=True, help="Take over the runs that an interrupted comparison left in --out.")
 @_machine
 def compare(
     model: str | None,
@@ -320,6 +321,7 @@ def compare(
     windows: int,
     out: Path,
     keep: Path | None,
+    resume: bool,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -350,6 +352,7 @@ def compare(
         overrides=_overrides(overrides),
         out=out,
         keep=keep,
+        resume=resume,
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
     )

@@ -63,6 +63,7 @@ def compare(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
     keep: str | Path | None = None,
+    resume: bool = False,
     trust_remote_code: bool = False,
     command: str = "",
 ) -> Report:
@@ -73,6 +74,8 @@ def compare(
              float model, which always runs as the reference
     keep     a folder that receives the checkpoint of every run, named by its label
     out      a folder for report.json, report.md and report.html
+    resume   take over the runs of a report.json in `out` that was made on the same tokens, versions and machine, as a
+             comparison leaves it that was interrupted
     command  the command line, for the report
 
     The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
@@ -87,21 +90,19 @@ def compare(
     if out is not None:
         _check_report_folder(Path(out), source.path)
     if keep is not None:
-        for label, plan in plans.items():
-            check_export(plan, exporters.choose(plan))
-            target = Path(keep) / label
-            if os.path.lexists(target):
-                raise PlanError(271, f"--keep {target} exists; choose another folder, or remove it first.")
-            check_target(target, overwrite=False, inputs=(source.path,))
+        _check_kept(Path(keep), plans, source)
     tokenizer = loading.tokenizer(source)
     tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=seq_len)
     calib, calib_from = tokens(calibration, "calibration", count=samples, shuffle=shuffle, seed=seed)
     ids, data_from = tokens(data, "evaluation", count=windows)
+    done = _done(out, source.name, calib_from, data_from) if resume and keep is None else {}
+    done = {k: run for k, run in done.items() if k in plans and run.options == _told(plans[k])}
     built = loading.model(source, device)
     with bar(FLOAT, len(ids)) as step:
         reference, score = perplexity.make_reference(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
     runs = [_float_run(score, skeleton, source)]
     originals = _originals(built, plans.values())
+    losses = _float_losses(built, {k: p for k, p in plans.items() if p.needs <= {"extremes"} and k not in done}, calib)
     before = in_use(device)
 
     def so_far() -> Report:
@@ -120,22 +121,22 @@ def compare(
         )
 
     for label, plan in plans.items():
+        if label in done:
+            runs.append(done[label])
+            continue
         _restore(built, originals)
         needed = calib if plan.needs else None
         result = api.run(
             built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from, memory_before=before
         )
-        if plan.needs <= {"extremes"}:  # once more, unclocked, to learn what its rounding does to the layers' outputs
-            _restore(built, originals)
-            layers = pipeline.quantize(built, plan, calib, collect=frozenset({"hessian"}))
-            result = replace(result, layers=tuple(layers))
+        if label in losses:
+            result = replace(result, layers=tuple(_judged(layer, losses[label]) for layer in result.layers))
         runs.append(_score(label, result, source, ids, reference, None if keep is None else Path(keep)))
         del result  # its codes would count as the next run's memory
         if out is not None:  # what is done is not lost, whatever becomes of the runs to come
             write_text(Path(out) / "report.json", record.to_json(so_far()))
-    for label, fmt in caches.items():
-        _restore(built, originals)
-        runs.append(_cache_run(label, fmt, built, ids, runs[0]))
+    _restore(built, originals)
+    runs += [_cache_run(label, fmt, built, ids, runs[0]) for label, fmt in caches.items()]
     found = so_far()
     if out is not None:
         report.write(found, Path(out))
@@ -203,6 +204,42 @@ def _cache_run(label: str, fmt: KVFormat, model: nn.Module, ids: Tensor, level: 
     )  # fmt: skip
 
 
+def _float_losses(
+    model: nn.Module, plans: Mapping[str, Plan], ids: Tensor
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return what methods that need no Hessian do to the layers' outputs: (loss, relative loss) by name."""
+    return pipeline.float_losses(model, plans, ids) if plans else {}
+
+
+def _judged(layer: Layer, losses: Mapping[str, tuple[float, float]]) -> Layer:
+    loss, relative = losses[layer.name]
+    return replace(layer, loss=loss, relative_loss=relative)
+
+
+def _done(
+    out: str | Path | None, model: str, calibration: dict[str, Any], evaluation: dict[str, Any]
+) -> dict[str, Run]:
+    """Return the runs of the report in `out` by label; PlanError if it is another model's, or made on other tokens,
+    versions or machines."""
+    if out is None or not (Path(out) / "report.json").exists():
+        return {}
+    found = record.from_json((Path(out) / "report.json").read_text(encoding="utf-8"))
+    ours = (model, calibration, evaluation, record.versions(), record.machine())
+    theirs = (found.model, found.calibration, found.evaluation, found.versions, found.machine)
+    names = ("model", "calibration tokens", "evaluation tokens", "versions", "machine")
+    for name, mine, other in zip(names, ours, theirs, strict=True):
+        if mine != other:
+            raise PlanError(272, f"--resume: the report in {out} was made with other {name}; leave --resume out.")
+    return {run.label: run for run in found.runs}
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """Return what a report says of a plan: the format and every option of its parts."""
+    chosen = plan.recipe
+    inputs = {"inputs": str(chosen.inputs)} if chosen.inputs else {}
+    return {"format": str(chosen.weights.with_scale(plan.dtype)), **inputs, **_options(chosen)}
+
+
 def _originals(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:
     """Keep copies of the parameters that any plan will overwrite, by name.
 
@@ -227,6 +264,16 @@ def _check_report_folder(out: Path, model: Path) -> None:
     if os.path.lexists(out) and not out.is_dir():
         raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
     check_writable(out)
+
+
+def _check_kept(keep: Path, plans: Mapping[str, Plan], source: loading.Source) -> None:
+    """Refuse, before any work, what no format holds, and checkpoints that are there already."""
+    for label, plan in plans.items():
+        check_export(plan, exporters.choose(plan))
+        target = keep / label
+        if os.path.lexists(target):
+            raise PlanError(271, f"--keep {target} exists; choose another folder, or remove it first.")
+        check_target(target, overwrite=False, inputs=(source.path,))
 
 
 def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
@@ -275,11 +322,7 @@ def _score(
         peak_memory_bytes=result.peak_memory,
         bytes_on_disk=size,
         disk_note=note,
-        options={
-            "format": str(plan.recipe.weights.with_scale(plan.dtype)),
-            **({"inputs": str(plan.recipe.inputs)} if plan.recipe.inputs else {}),
-            **_options(plan.recipe),
-        },
+        options=_told(plan),
         layers=tuple(_row(layer) for layer in result.layers),
         notes=(*result.fallbacks(), *filter(None, [reference.missing, _bias(plan, source)])),
     )

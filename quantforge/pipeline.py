@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
 
 import torch
@@ -70,6 +70,32 @@ def quantize(
             layers += solve(stages[index], plan, statistics, progress, ranges, ids.numel())
         next(ahead, None)
     return layers
+
+
+def float_losses(model: nn.Module, plans: Mapping[str, Plan], ids: Tensor) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return what plans that need no Hessian do to the layers' outputs: (loss, relative loss) on float inputs.
+
+    By the names of the plans and of the layers, from one walk of the float `model`, which stays as it is.
+    """
+    device = next(model.parameters()).device
+    batches = [b.to(device) for b in torch.split(ids, max(BATCH_TOKENS // ids.shape[1], 1))]
+    stages = arch.find_stages(model)[0]
+    needs = frozenset({"hessian"}).union(*(plan.needs for plan in plans.values()))
+    gathered: dict[int, Statistics] = {}
+
+    def observe(index: int, batch: int, x: Tensor) -> None:
+        if index not in gathered:
+            gathered[index] = Statistics(needs, x.shape[-1], x.device)
+        gathered[index].add(batch, x)
+
+    found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in plans}
+    for index in walk(_body(model), batches, stages, observe):
+        statistics = gathered.pop(index, None)
+        for name, plan in plans.items():
+            for stage in plan.select([stages[index]]):
+                layers = solve(stage, plan, statistics, lambda layer: None, install=False)
+                found[name] |= {layer.name: (layer.loss, layer.relative_loss) for layer in layers}
+    return found
 
 
 class _Gathered:

@@ -59,6 +59,8 @@ def solve(
     progress: Progress,
     ranges: Mapping[str, Range] = MappingProxyType({}),
     total: int = 0,
+    *,
+    install: bool = True,
 ) -> list[Layer]:
     """Solve one stage's layers, stacked along the rows where their format allows, and install the results.
 
@@ -88,6 +90,9 @@ def solve(
             solved = correction.correct(blank, solved)
         solved = replace(solved, inputs=rounds)
         approx = solved.dequantize()
+        own = next(modules[group[0].name].parameters()).dtype
+        # a sum of parts is rounded as loaders round it
+        installed = solved.dequantize(own) if solved.residuals and own != approx.dtype else approx
         errors, energies = problem.row_losses(approx), problem.row_losses(torch.zeros_like(approx))
         top = 0
         for p in group:
@@ -96,8 +101,9 @@ def solve(
             loss, energy = (float(v[rows].double().sum()) for v in (errors, energies))
             weight = _part(solved, rows, [p.name for p in group])
             done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0))
-            arch.set_weight(modules[p.name], approx[rows])
-            if rounds is not None:
+            if install:
+                arch.set_weight(modules[p.name], installed[rows])
+            if install and rounds is not None:
                 activations.gate(modules[p.name], rounds)
     each = (time.perf_counter() - start) / len(done)
     layers = [Layer(name, weight, loss, relative, seen, each) for name, weight, loss, relative in done]

@@ -266,3 +266,19 @@ def test_rows_that_can_hit_the_values_of_the_models_own_file_are_marked(
     few = {**shared, "samples": 2, "windows": 2}
     run = quantforge.compare(TINY, methods=["rtn"], group_size=group_size, **few).runs[1]
     assert any(note.startswith("base-biased: ") for note in run.notes) == marked
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(shared, tmp_path, monkeypatch):
+    few = {**shared, "samples": 2, "windows": 2, "out": tmp_path / "report"}
+    first = quantforge.compare(TINY, methods=["rtn"], bits=(4, 3), **few)
+    quantized = []
+    run = api.run
+    monkeypatch.setattr(api, "run", lambda *a, **k: quantized.append(a[1].recipe.label) or run(*a, **k))
+    settings = {"solver.range": "mse"}
+    second = quantforge.compare(TINY, methods=["rtn", "gptq"], bits=(4, 3), resume=True, **few)
+    assert quantized == ["gptq-int4-g64-asym", "gptq-int3-g64-asym"]
+    assert {r.label: r for r in first.runs}.items() <= {r.label: r for r in second.runs}.items()
+    quantforge.compare(TINY, methods=["rtn"], bits=(4,), settings=settings, resume=True, **few)
+    assert quantized[2:] == ["rtn-int4-g64-asym"]  # its options are others
+    with pytest.raises(PlanError, match="other evaluation tokens"):
+        quantforge.compare(TINY, methods=["rtn"], resume=True, **{**few, "windows": 3})

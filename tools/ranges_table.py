@@ -54,7 +54,7 @@ def verdict(values: dict[tuple[str, str], float]) -> str:
         f"{fine} than {coarse} under {r}"
         for r in RULES
         for coarse, fine in steps
-        if values[fine, r] >= values[coarse, r]
+        if not values[fine, r] < values[coarse, r]
     ]
     of = len(steps) * len(RULES)
     return f"**not met** in {len(worse)} of {of} steps: {', '.join(worse)}" if worse else f"pass in all {of} steps"

@@ -35,7 +35,7 @@ class AWQ:
     steps: int = 10
     duo: bool = True
     range: str = "hessian"
-    rows: int = 256
+    rows: int = 128
 
     needs = ("hessian", "magnitude")
     producers = ("norm", "values", "rows")
