@@ -40,7 +40,6 @@ PROTOCOL = (
     "of their seq_len − 1 predictions; KL = mean over the same predictions of KL(float ‖ quantized); float32 throughout"
 )
 FLOAT = "fp"
-CACHE = "kv:"
 
 
 def compare(
@@ -159,11 +158,13 @@ def _recipes(
     for name in (m for m in methods if m in recipe.suites()):
         if any(option is not None for option in format_options) or overrides:
             raise RecipeError(221, f"the suite {name!r} brings its own formats; leave --group-size and the like out.")
-        recipes |= {wish.label: wish.recipe() for wish in recipe.suite(name) if not wish.method.startswith(CACHE)}
+        recipes |= {
+            wish.label: wish.recipe() for wish in recipe.suite(name) if not wish.method.startswith(recipe.CACHE)
+        }
     suited = set(recipes)
     for width in bits:
         for method in methods:
-            if method == FLOAT or method in recipe.suites() or method.startswith(CACHE):
+            if method == FLOAT or method in recipe.suites() or method.startswith(recipe.CACHE):
                 continue
             for part in method.split("+"):
                 pick("method", part, [FLOAT, *recipe.names(), *recipe.suites()])
@@ -190,8 +191,8 @@ def _recipes(
 def _caches(methods: Sequence[str]) -> dict[str, KVFormat]:
     """Return the caches that `methods`, or the suites among them, ask for, by label."""
     rows = [wish.method for name in methods if name in recipe.suites() for wish in recipe.suite(name)]
-    asked = [name for name in (*methods, *rows) if name.startswith(CACHE)]
-    return {name: api.cache_format(name.removeprefix(CACHE)) for name in asked}
+    asked = [name for name in (*methods, *rows) if name.startswith(recipe.CACHE)]
+    return {name: api.cache_format(name.removeprefix(recipe.CACHE)) for name in asked}
 
 
 def _cache_run(label: str, fmt: KVFormat, model: nn.Module, ids: Tensor, level: Run) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import repeat
 
 import torch
@@ -55,8 +56,9 @@ def quantize(
     if "drift" in plan.needs:  # some batches must be left to judge by
         size = min(size, max(len(ids) // HELD, 1))
     batches = [b.to(device) for b in torch.split(ids, size)]
+    facts: dict[str, dict[str, float]] = {}
     for transform in plan.recipe.transforms:
-        _rescale(model, plan, transform, batches)
+        facts |= _rescale(model, plan, transform, batches)
     stages = _stages(model, plan)
     found = _Gathered(plan.needs | collect, len(batches))
     ahead = _float_walk(model, plan, batches, found) if plan.needs & {"drift", "float_blocks"} else repeat(0)
@@ -69,7 +71,12 @@ def quantize(
             statistics = found.statistics.pop(index, None)
             layers += solve(stages[index], plan, statistics, progress, ranges, ids.numel())
         next(ahead, None)
-    return layers
+    return [_told(layer, facts.get(layer.name, {})) for layer in layers]
+
+
+def _told(layer: Layer, facts: dict[str, float]) -> Layer:
+    """Return `layer` with more facts in its notes."""
+    return replace(layer, weight=replace(layer.weight, notes={**layer.weight.notes, **facts}))
 
 
 def float_losses(model: nn.Module, plans: Mapping[str, Plan], ids: Tensor) -> dict[str, dict[str, tuple[float, float]]]:
@@ -158,8 +165,11 @@ def _float_walk(model: nn.Module, plan: Plan, batches: list[Tensor], found: _Gat
     return walk(_body(twin), batches, stages, keep)
 
 
-def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[Tensor]) -> None:
-    """Choose scales for every group of layers that allows it, from one walk of the float model; then apply them all."""
+def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[Tensor]) -> dict[str, dict[str, float]]:
+    """Choose scales for every group of layers that allows it, from one walk of the float model; then apply them all.
+
+    Returns, by layer, what the widest channel of its input was and became, where extremes were collected.
+    """
     folds = [f for f in fold.find(model) if any(name in plan.layers for name in f.consumers)]
     folds = [f for f in folds if f.producer.kind.split()[0] in transform.producers]
     stages = [Stage((f.observed,), (model.get_submodule(f.observed),)) for f in folds]
@@ -171,6 +181,7 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
         gathered[index].add(batch, x)
 
     chosen = []
+    facts: dict[str, dict[str, float]] = {}
     for index in walk(_body(model), batches, stages, observe):
         if index in gathered:
             names = [name for name in folds[index].consumers if name in plan.layers]
@@ -182,12 +193,17 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
             fmt = min((plan.layers[name].format for name in names), key=lambda f: f.grid.bits)  # they share the scales
             problem = Problem(" + ".join(names), weight, fmt, inputs=plan.layers[names[0]].inputs, **fields)
             chosen.append((folds[index], transform.scales(problem, folds[index].tie)))
+            if problem.extremes is not None:
+                widths = torch.maximum(problem.extremes[0].abs(), problem.extremes[1].abs())
+                ends = {"widest_input": float(widths.max()), "smoothed_to": float((widths / chosen[-1][1]).max())}
+                facts |= dict.fromkeys(names, ends)
     for group, scales in chosen:
         group.apply(model, scales, plan.dtype)
     touched = {name for group, _ in chosen for name in (*group.consumers, *group.extra, group.producer.name)}
     for name in touched - set(plan.layers):  # what stays in float is computed with as it will be saved
         module = model.get_submodule(name)
         arch.set_weight(module, arch.get_weight(module).to(plan.dtype))
+    return facts
 
 
 def _balanced(weight: Tensor, hessian: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quantforge.errors import PlanError, nearest
-from quantforge.models import arch
+from quantforge.models import arch, fold
 from quantforge.models.walk import Stage
 from quantforge.numerics.formats import Format
 from quantforge.numerics.inputs import Inputs
@@ -166,6 +166,7 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
                 own.inputs,
             )
     _refuse_unfit(layers, recipe.tuners)
+    _refuse_unscalable(model, recipe)
     quantized = {id(m.weight) for s in stages for m in s.modules}
     rest = [p for p in model.parameters() if id(p) not in quantized]
     _refuse_tied(model, stages)
@@ -236,6 +237,19 @@ def _refuse_unfit(layers: dict[str, LayerPlan], tuners: Sequence[Tuner]) -> None
         ]
         for reason in filter(None, reasons):
             raise PlanError(256, f"{p.name}: {reason}")
+
+
+def _refuse_unscalable(model: nn.Module, recipe: Recipe) -> None:
+    """A method that rescales needs something that can take the scales."""
+    for transform in recipe.transforms:
+        kinds = {f.producer.kind.split()[0] for f in fold.find(model)}
+        if not kinds & set(transform.producers):
+            what = getattr(model.config, "model_type", type(model).__name__)
+            raise PlanError(
+                258,
+                f"{recipe.name} rescales layers, and nothing in this {what} can take the scales exactly (norms after "
+                "the residual, or an architecture that is not known); a method without it works.",
+            )
 
 
 def _refuse_tied(model: nn.Module, stages: Sequence[Stage]) -> None:

@@ -17,6 +17,7 @@ from quantforge.numerics.grids import Grid, IntGrid, int_grid, nf_grid
 from quantforge.numerics.inputs import Inputs, parse_inputs
 from quantforge.protocols import Correction, Solver, Transform, Tuner
 
+CACHE = "kv:"
 DEFAULT_WEIGHTS = "int4-g64-asym"
 _FIELDS = ("about", "paper", "weights", "inputs", "solver", "transforms", "tuners", "corrections", "skip")
 _PARTS = {"solver": "solver", "transform": "transforms", "tuner": "tuners", "correction": "corrections"}
@@ -149,7 +150,10 @@ def load(
 
 @dataclass(frozen=True)
 class Wish:
-    """One row of a suite: a method, what `load` takes besides, and optionally the notation of another format."""
+    """One row of a suite: a method, what `load` takes besides, and optionally the notation of another format.
+
+    A method that begins with "kv:" is no recipe but a cache to decode through.
+    """
 
     method: str
     bits: int | None = None
@@ -174,8 +178,15 @@ class Wish:
         return replace(chosen, weights=parse(self.format)) if self.format else chosen
 
     @property
+    def cache(self) -> str | None:
+        """Return the notation of the cache to decode through; None for a recipe."""
+        return self.method.removeprefix(CACHE) if self.method.startswith(CACHE) else None
+
+    @property
     def label(self) -> str:
-        """Return the recipe's label with the settings and overrides that set it apart."""
+        """Return the recipe's label with the settings and overrides that set it apart; of a cache, its own name."""
+        if self.cache is not None:
+            return self.method
         extra = [f"{key.rpartition('.')[2]}={value}" for key, value in (self.settings or {}).items()]
         for pattern, wish in (self.overrides or {}).items():
             extra.append(f"{pattern}={','.join(map(str, wish.values()))}")

@@ -223,6 +223,7 @@ def to_markdown(report: Report) -> str:
         footnotes=notes,
         losses=Markup(_losses(report)),
         experts=Markup(_experts(report)),
+        widest=Markup(_widest(report)),
         command=command,
     )
 
@@ -241,6 +242,12 @@ def _experts(report: Report) -> str:
     """Return `experts` as a Markdown table; empty if there are none."""
     rows = [[Markup(cell) for cell in row] for row in experts(report)]
     return _grid([Markup(heading) for heading in EXPERT_COLUMNS], rows) if rows else ""
+
+
+def _widest(report: Report) -> str:
+    """Return `widest` as a Markdown table; empty if there are none."""
+    rows = [[escape_markdown(cell) for cell in row] for row in widest(report)]
+    return _grid([Markup(heading) for heading in WIDEST_COLUMNS], rows) if rows else ""
 
 
 def _mean_loss(run: Run, kind: str) -> float:
@@ -264,6 +271,22 @@ def experts(report: Report) -> list[list[str]]:
     return []
 
 
+def widest(report: Report) -> list[list[str]]:
+    """Return a row for each run that smoothed inputs and kind of layer: the widest channel's |x| before and after."""
+    rows = []
+    for run in report.runs:
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        for layer in run.layers:
+            ends = (layer.notes.get("widest_input"), layer.notes.get("smoothed_to"))
+            if isinstance(ends[0], float) and isinstance(ends[1], float):
+                kinds.setdefault(layer.kind, []).append((ends[0], ends[1]))
+        for kind, found in kinds.items():
+            before, after = (number(max(part), ".1f") for part in zip(*found, strict=True))
+            rows.append([run.label, kind, before, after])
+    return rows
+
+
+WIDEST_COLUMNS = ("method", "layer", "widest input", "smoothed to")
 EXPERT_COLUMNS = ("block", "experts", "fewest tokens", "median", "most", "without any")
 
 
@@ -306,6 +329,8 @@ def to_html(report: Report) -> str:
         layers=_layers(report),
         experts=experts(report),
         expert_columns=EXPERT_COLUMNS,
+        widest=widest(report),
+        widest_columns=WIDEST_COLUMNS,
         drawings=drawings,
         record=Markup(record) if len(record) <= MOST_RECORD else None,
     )

@@ -76,6 +76,36 @@ def near(label: str, value: float, share: float) -> Callable[[Runs], tuple[bool,
     return check
 
 
+def within(label: str, share: float) -> Callable[[Runs], tuple[bool, str]]:
+    """Claim that a run's perplexity is above the float model's by at most a share of it."""
+
+    def check(runs: Runs) -> tuple[bool, str]:
+        found, level = runs[label].perplexity, runs["fp"].perplexity
+        return found <= level * (1 + share), f"{found:.3f} against {level:.3f} ({found / level - 1:+.2%})"
+
+    return check
+
+
+def under(label: str, value: float) -> Callable[[Runs], tuple[bool, str]]:
+    """Claim that a run's perplexity lies below `value`."""
+
+    def check(runs: Runs) -> tuple[bool, str]:
+        return runs[label].perplexity < value, f"{runs[label].perplexity:.3f}"
+
+    return check
+
+
+def costs(label: str, free: str, share: float) -> Callable[[Runs], tuple[bool, str]]:
+    """Claim that what `label` loses beyond the run `free` is at most a share of what that loses to the float model."""
+
+    def check(runs: Runs) -> tuple[bool, str]:
+        more = runs[label].perplexity - runs[free].perplexity
+        lost = runs[free].perplexity - runs["fp"].perplexity
+        return more <= share * lost, f"{more:+.3f} beyond {lost:.3f} ({more / lost:+.0%})"
+
+    return check
+
+
 def loses_less(better: str, worse: str, layer: str) -> Callable[[Runs], tuple[bool, str]]:
     """Claim that one layer loses less of its output in the run `better` than in `worse`."""
 
@@ -140,6 +170,66 @@ ONCE = [  # at widths of their own
         interpolated("spqr-int3-g16-asym-dq", "gptq-int3-g32-asym", "gptq-int3-g16-asym"),
     ),
 ]
+W8, W4 = "int8-channel-sym", "int4-g64-sym"
+ACTIVATIONS = [
+    Claim(
+        "llm-int8",
+        "within 0.5 % of the float perplexity",
+        within("llm-int8-narrow8-channel-sym-x-narrow8-token", 0.005),
+    ),
+    Claim(
+        "smoothquant",
+        "with GPTQ, by channel and token: below 29.25",
+        under(f"smoothquant+gptq-{W8}-x-int8-token", 29.25),
+    ),
+    Claim(
+        "smoothquant",
+        "by channel and token: better than without",
+        below(f"smoothquant-{W8}-x-int8-token", f"rtn-{W8}-x-int8-token"),
+    ),
+    *(
+        Claim(
+            "smoothquant",
+            f"{level}: better than without",
+            below(f"smoothquant-int8-tensor-sym-x-{inputs}", f"rtn-int8-tensor-sym-x-{inputs}"),
+        )
+        for level, inputs in (("O1", "int8-token"), ("O2", "int8-tensor"), ("O3", "int8-tensor-static"))
+    ),
+    Claim(
+        "zeroquant",
+        "distillation lowers W4A8 perplexity, forced by the teacher",
+        below(f"zeroquant-{W4}-x-int8-token", f"rtn-{W4}-x-int8-token"),
+    ),
+    Claim(
+        "zeroquant",
+        "and on the student's own inputs",
+        below(f"zeroquant-{W4}-x-int8-token teacher=False", f"rtn-{W4}-x-int8-token"),
+    ),
+    *(
+        Claim(
+            "zeroquant-fp",
+            f"FP8 inputs lose less than INT8 ones by {where}",
+            below(f"rtn-{W8}-x-e4m3-{where}", f"rtn-{W8}-x-int8-{where}"),
+        )
+        for where in ("token", "tensor")
+    ),
+    Claim(
+        "zeroquant-fp",
+        "M1 costs at most a quarter of what free scales lose",
+        costs("gptq-e2m1-g64-e8m0-x-e4m3-token range=mse", "gptq-e2m1-g64-x-e4m3-token range=mse", 0.25),
+    ),
+    Claim(
+        "zeroquant-fp",
+        "and so does M2",
+        costs("zeroquant-fp-e2m1-g64-dq-x-e4m3-token", "gptq-e2m1-g64-x-e4m3-token range=mse", 0.25),
+    ),
+    Claim("kv", "int8 by token within 0.5 % of the float perplexity", within("kv:int8-token", 0.005)),
+    Claim(
+        "kv",
+        "4-bit keys by channel better than by token",
+        below("kv:int4-kivi-g32-w32", "kv:int4-token-g32-w32-s4-asym"),
+    ),
+]
 # method: what it may take, in multiples of GPTQ, and whether GPTQ's own seconds are part of what is timed
 SPEED = {
     "awq": ("at most 2.5 x the time of GPTQ", 2.5, 0),
@@ -147,6 +237,9 @@ SPEED = {
     "gptq+lorc": ("adds at most 1 x the time of GPTQ", 1.0, 1),
     "nf4": ("at most 0.4 x the time of GPTQ", 0.4, 0),
     "hqq": ("at most 0.4 x the time of GPTQ", 0.4, 0),
+    "smoothquant": ("at most 0.5 x the time of GPTQ", 0.5, 0),
+    "llm-int8": ("at most 0.5 x the time of GPTQ", 0.5, 0),
+    "zeroquant": ("100 steps a block: at most 6 x the time of GPTQ", 6.0, 0),
 }
 
 
@@ -158,7 +251,7 @@ def rows(report: Report) -> tuple[list[str], list[str]]:
     runs = {run.label: run for run in report.runs}
     found, missing = [], []
     widths = [(bits, claim) for bits in (4, 3) for claim in claims(bits)]
-    for bits, claim in [*widths, *((None, claim) for claim in ONCE)]:
+    for bits, claim in [*widths, *((None, claim) for claim in (*ONCE, *ACTIVATIONS))]:
         says = f"{bits} bits: {claim.says}" if bits else claim.says
         try:
             passed, numbers = claim.check(runs)

@@ -118,7 +118,8 @@ NAMED = {
     "fp8-block": Format(grids.minifloat(4, 3), (128, 128), True),
     "mxfp4": Format(grids.minifloat(2, 1), (1, 32), True, E8M0),
     "mxfp8": Format(grids.minifloat(4, 3), (1, 32), True, E8M0),
-    "nvfp4": Format(grids.minifloat(2, 1), (1, 16), True, Format(grids.minifloat(4, 3), (None, None), True)),
+    # the one scale of the whole is a power of two, so that its reciprocal, which files hold, is exact
+    "nvfp4": Format(grids.minifloat(2, 1), (1, 16), True, Format(grids.minifloat(4, 3), (None, None), True, E8M0)),
     # ZeroQuant-FP, section 3: a scale a group that differs from the row's largest by a shift (M2)
     "fp4-m2-g64": Format(grids.minifloat(2, 1), (1, 64), True, Format(grids.shift_grid(8), (1, None), True)),
     "spqr3-g16": Format(grids.int_grid(3), (1, 16), scale=_BILEVEL, zero=_BILEVEL),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantforge.numerics.formats import E8M0
 from quantforge.numerics.problem import Problem
 from quantforge.numerics.qtensor import QTensor, quantize
 from quantforge.numerics.ranges import Range
@@ -16,7 +17,7 @@ def keep_better_rows(problem: Problem, solved: QTensor, candidates: list[Range])
     Returns the result and how many rows were replaced. Where rows share a scale, they are replaced together.
     """
     fmt = problem.format
-    alone = fmt.row_unit == 1 and isinstance(fmt.scale, torch.dtype)
+    alone = fmt.row_unit == 1
     least = problem.row_losses(solved.dequantize(torch.float32))
     least = least if alone else least.sum(0, keepdim=True)
     best, replaced = solved, torch.zeros_like(least, dtype=torch.bool)
@@ -36,9 +37,15 @@ def choose_rows(rows: Tensor, a: QTensor, b: QTensor) -> QTensor:
     """Take the rows of `a` where `rows` [out or 1, 1] is true, else those of `b`."""
     if rows.numel() == 1:
         return a if bool(rows) else b
-    zero = None
-    if isinstance(a.zero, Tensor) and isinstance(b.zero, Tensor):
-        zero = torch.where(rows, a.zero, b.zero)
-    assert isinstance(a.scale, Tensor)
-    assert isinstance(b.scale, Tensor)
-    return QTensor(a.format, torch.where(rows, a.codes, b.codes), torch.where(rows, a.scale, b.scale), zero)
+    zero = None if a.zero is None or b.zero is None else _choose(rows, a.zero, b.zero)
+    return QTensor(a.format, torch.where(rows, a.codes, b.codes), _choose(rows, a.scale, b.scale), zero)
+
+
+def _choose(rows: Tensor, a: Tensor | QTensor, b: Tensor | QTensor) -> Tensor | QTensor:
+    if isinstance(a, QTensor) and isinstance(b, QTensor):
+        return choose_rows(rows, a, b)
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
+    if a.dtype == E8M0:  # torch knows no choice between powers of two
+        return torch.where(rows, a.view(torch.uint8), b.view(torch.uint8)).view(E8M0)
+    return torch.where(rows, a, b)

@@ -8,6 +8,7 @@ import torch
 
 from quantforge import api, pipeline, recipe
 from quantforge import plan as planning
+from quantforge.evaluation import perplexity
 from quantforge.models import load
 from quantforge.numerics.formats import parse
 from quantforge.numerics.problem import Problem
@@ -98,6 +99,9 @@ def seconds_of(demo, method: str, options: dict[str, object]) -> float:
         ("gptaq", {"bits": 3}),
         ("nf4", {}),
         ("hqq", {"bits": 3}),
+        ("smoothquant", {}),
+        ("llm-int8", {}),
+        ("zeroquant", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -106,6 +110,26 @@ def test_methods_beside_gptq(benchmark, demo, gptq_seconds, method, options):
     taken = []
     benchmark.pedantic(lambda: taken.append(seconds_of(demo, method, options)), rounds=1)
     benchmark.extra_info |= {"seconds": taken[0], "gptq_seconds": gptq_seconds, "ratio": taken[0] / gptq_seconds}
+
+
+def test_evaluation_with_rounded_inputs_beside_float(benchmark, demo):
+    """Seconds to score eight windows with 8-bit weights and inputs, as a multiple of the float model's."""
+    source, ids = demo
+    model = load.model(source)
+    start = time.perf_counter()
+    perplexity.evaluate(model, ids[:8])
+    level = time.perf_counter() - start
+    made = recipe.load("rtn", bits=8, group_size=-1, symmetric=True, inputs="int8-token")
+    pipeline.quantize(model, planning.make(model, made, source.dtype))
+    taken = []
+
+    def run() -> None:
+        begin = time.perf_counter()
+        perplexity.evaluate(model, ids[:8])
+        taken.append(time.perf_counter() - begin)
+
+    benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info |= {"seconds": taken[0], "float_seconds": level, "times_float": taken[0] / level}
 
 
 @pytest.mark.parametrize("width", [576, 1536, 2048])
