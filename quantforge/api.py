@@ -28,6 +28,8 @@ from quantforge.progress import bar
 from quantforge.result import Result
 from quantforge.store import check_target
 
+DECODED = 48  # windows that are decoded side by side
+
 
 def quantize(
     model: str | Path | nn.Module | None = None,
@@ -262,6 +264,8 @@ def evaluate(
         tokenizer = tokenizer or loading.tokenizer(source)
         name, config, build = source.name, source.config, functools.partial(loading.model, source, device)
     ids, provenance = token_ids(data, "evaluation", tokenizer=tokenizer, config=config, seq_len=seq_len, count=windows)
+    if cache is not None:
+        KVCache(cache, config)  # which refuses a model that it is not for
     built = build()
     if cache is not None:
         score, size = decode(built, ids, cache)
@@ -273,10 +277,15 @@ def evaluate(
 
 def decode(model: nn.Module, ids: Tensor, fmt: KVFormat) -> tuple[Score, float]:
     """Score `model` on ids [windows, seq_len] token by token through a cache kept in `fmt`, with its bytes a token."""
-    with bar(f"decoding through {fmt}", ids.shape[1] - 1) as step:
-        return decoding.evaluate_decoding(
-            model, ids, lambda: KVCache(fmt, model.config), progress=lambda loss: step(f"loss {loss:.3f}")
-        )
+    parts = torch.split(ids, DECODED)
+    scores = []
+    with bar(f"decoding through {fmt}", (ids.shape[1] - 1) * len(parts)) as step:
+        for part in parts:
+            score, size = decoding.evaluate_decoding(
+                model, part, lambda: KVCache(fmt, model.config), progress=lambda loss: step(f"loss {loss:.3f}")
+            )
+            scores.append(score)
+    return Score(tuple(loss for score in scores for loss in score.losses)), size
 
 
 def cache_format(text: str) -> KVFormat:
@@ -284,7 +293,7 @@ def cache_format(text: str) -> KVFormat:
     try:
         return parse_kv(text)
     except ValueError as error:
-        raise PlanError(272, f"kv: {error}.") from error
+        raise PlanError(273, f"kv: {error}.") from error
 
 
 def _dequantized(folder: Path, device: str, trusted: bool) -> nn.Module:

@@ -67,13 +67,17 @@ def _table(record: dict[str, Any]) -> str:
         shape = f"{row['shape'][0]}x{row['shape'][1]}"
         loss, share = (math.nan if row[key] is None else row[key] for key in ("loss", "relative_loss"))
         bits = f"{row['bits_per_weight']:11.3f}"
-        lines.append(f"{name:{width}}  {shape:>13}  {clean(row['format']):22}  {bits}  {loss:.4g} ({share:.3%})")
+        lines.append(f"{name:{width}}  {shape:>13}  {clean(_stored(row)):22}  {bits}  {loss:.4g} ({share:.3%})")
     lines.append(
         f"{clean(record['source'])} by {clean(record['method'])}: {len(rows)} layers at "
         f"{record['bits_per_weight']:.3f} bits per weight, "
         f"{record['bytes_before'] / 1e6:.1f} MB -> {record['bytes_after'] / 1e6:.1f} MB"
     )
     return "\n".join([*lines, *(f"note: {clean(note)}" for note in record["notes"])])
+
+
+def _stored(row: dict[str, Any]) -> str:
+    return f"{row['format']} x {row['inputs']}" if row.get("inputs") else str(row["format"])
 
 
 def _exporter(quantization: dict[str, Any]) -> Exporter:

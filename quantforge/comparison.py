@@ -24,7 +24,7 @@ from quantforge.exporters.native import Native
 from quantforge.memory import in_use
 from quantforge.models import activations, arch, moe
 from quantforge.models import load as loading
-from quantforge.models.kvcache import KVFormat
+from quantforge.models.kvcache import KVCache, KVFormat
 from quantforge.numerics.blocks import Flat
 from quantforge.numerics.formats import Format
 from quantforge.plan import Plan, check_export, make
@@ -81,9 +81,9 @@ def compare(
     weight is read. Raises the subclasses of QuantForgeError.
     """
     recipes = _recipes(methods, bits, (group_size, symmetric, inputs), settings or {}, overrides)
-    caches = _caches(methods)
     loading.check_device(device)
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
+    caches = _caches(methods, source.config)
     skeleton = source.skeleton()
     plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
     if out is not None:
@@ -95,13 +95,14 @@ def compare(
     calib, calib_from = tokens(calibration, "calibration", count=samples, shuffle=shuffle, seed=seed)
     ids, data_from = tokens(data, "evaluation", count=windows)
     done = _done(out, source.name, calib_from, data_from) if resume and keep is None else {}
-    done = {k: run for k, run in done.items() if k in plans and run.options == _told(plans[k])}
+    wished = {k: _told(plan) for k, plan in plans.items()} | {k: {"cache": str(fmt)} for k, fmt in caches.items()}
+    done = {k: run for k, run in done.items() if run.options == wished.get(k)}
     built = loading.model(source, device)
     with bar(FLOAT, len(ids)) as step:
         reference, score = perplexity.make_reference(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
     runs = [_float_run(score, skeleton, source)]
     originals = _originals(built, plans.values())
-    losses = _float_losses(built, {k: p for k, p in plans.items() if p.needs <= {"extremes"} and k not in done}, calib)
+    losses = _float_losses(built, {k: p for k, p in plans.items() if _unseen(p) and k not in done}, calib)
     before = in_use(device)
 
     def so_far() -> Report:
@@ -135,7 +136,7 @@ def compare(
         if out is not None:  # what is done is not lost, whatever becomes of the runs to come
             write_text(Path(out) / "report.json", record.to_json(so_far()))
     _restore(built, originals)
-    runs += [_cache_run(label, fmt, built, ids, runs[0]) for label, fmt in caches.items()]
+    runs += [done.get(label) or _cache_run(label, fmt, built, ids, runs[0]) for label, fmt in caches.items()]
     found = so_far()
     if out is not None:
         report.write(found, Path(out))
@@ -168,7 +169,9 @@ def _recipes(
                 continue
             for part in method.split("+"):
                 pick("method", part, [FLOAT, *recipe.names(), *recipe.suites()])
-            has = {f"{part}.{key}" for part, values in recipe.load(method).options().items() for key in values}
+            plain = recipe.load(method, inputs=inputs)
+            has = {f"{part}.{key}" for part, values in plain.options().items() for key in values}
+            has |= {f"inputs.{key}" for key in recipe.INPUT_OPTIONS} if plain.inputs else set()
             usable = {key: value for key, value in settings.items() if key in has}
             unused -= usable.keys()
             chosen = recipe.load(
@@ -183,16 +186,19 @@ def _recipes(
             if chosen.label in suited:
                 raise RecipeError(223, f"a suite has a row {chosen.label!r} already; leave {method!r} out.")
             recipes[chosen.label] = chosen
-    if unused and recipes:
+    if unused:
         raise RecipeError(209, f"none of the methods {', '.join(methods)} has the setting {min(unused)!r}.")
     return recipes
 
 
-def _caches(methods: Sequence[str]) -> dict[str, KVFormat]:
-    """Return the caches that `methods`, or the suites among them, ask for, by label."""
+def _caches(methods: Sequence[str], config: Any) -> dict[str, KVFormat]:
+    """Return the caches that `methods`, or the suites among them, ask for, by label; they must suit the model."""
     rows = [wish.method for name in methods if name in recipe.suites() for wish in recipe.suite(name)]
     asked = [name for name in (*methods, *rows) if name.startswith(recipe.CACHE)]
-    return {name: api.cache_format(name.removeprefix(recipe.CACHE)) for name in asked}
+    found = {name: api.cache_format(name.removeprefix(recipe.CACHE)) for name in asked}
+    for fmt in found.values():
+        KVCache(fmt, config)
+    return found
 
 
 def _cache_run(label: str, fmt: KVFormat, model: nn.Module, ids: Tensor, level: Run) -> Run:
@@ -210,6 +216,11 @@ def _float_losses(
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Return what methods that need no Hessian do to the layers' outputs: (loss, relative loss) by name."""
     return pipeline.float_losses(model, plans, ids) if plans else {}
+
+
+def _unseen(plan: Plan) -> bool:
+    """Tell whether a run tells no output losses of its own: it only rounds, and collects no Hessian."""
+    return plan.needs <= {"extremes"} and not plan.recipe.transforms and not plan.recipe.tuners
 
 
 def _judged(layer: Layer, losses: Mapping[str, tuple[float, float]]) -> Layer:

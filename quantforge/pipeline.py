@@ -37,10 +37,20 @@ def quantize(
     The model's weights become the dequantized values of the codes, and layers that are to round their inputs do so.
 
     ids       token ids [windows, seq_len] to calibrate on; None for plans that need no data, whose losses are then
-              those of the weights; with ids, those of the outputs
+              those of the weights, as are those of plans that need only ranges of inputs; else those of the outputs
     progress  called with each layer as it is done
     collect   statistics that are wanted besides what the plan needs
     """
+    try:
+        return _quantize(model, plan, ids, progress, collect)
+    except BaseException:
+        activations.remove(model.modules())
+        raise
+
+
+def _quantize(
+    model: nn.Module, plan: Plan, ids: Tensor | None, progress: Progress, collect: frozenset[str]
+) -> list[Layer]:
     layers: list[Layer] = []
     activations.remove(model.modules())
     for name, p in plan.layers.items():
@@ -60,7 +70,7 @@ def quantize(
     for transform in plan.recipe.transforms:
         facts |= _rescale(model, plan, transform, batches)
     stages = _stages(model, plan)
-    found = _Gathered(plan.needs | collect, len(batches))
+    found = _Gathered(_collected(plan) | collect, len(batches))
     ahead = _float_walk(model, plan, batches, found) if plan.needs & {"drift", "float_blocks"} else repeat(0)
     next(ahead, None)
     ranges: dict[str, Range] = {}
@@ -103,6 +113,12 @@ def float_losses(model: nn.Module, plans: Mapping[str, Plan], ids: Tensor) -> di
                 layers = solve(stage, plan, statistics, lambda layer: None, install=False)
                 found[name] |= {layer.name: (layer.loss, layer.relative_loss) for layer in layers}
     return found
+
+
+def _collected(plan: Plan) -> frozenset[str]:
+    """Return what the walk collects: what is needed, and Hessians to tell losses by, unless only ranges are wanted."""
+    changed = plan.recipe.transforms or plan.recipe.tuners
+    return plan.needs | {"hessian"} if changed or not plan.needs <= {"extremes"} else plan.needs
 
 
 class _Gathered:
@@ -180,8 +196,7 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
             gathered[index] = Statistics(frozenset(transform.needs), x.shape[-1], x.device)
         gathered[index].add(batch, x)
 
-    chosen = []
-    facts: dict[str, dict[str, float]] = {}
+    chosen: list[tuple[fold.Fold, Tensor, Tensor | None]] = []
     for index in walk(_body(model), batches, stages, observe):
         if index in gathered:
             names = [name for name in folds[index].consumers if name in plan.layers]
@@ -192,14 +207,16 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
             weight = torch.cat(weights)
             fmt = min((plan.layers[name].format for name in names), key=lambda f: f.grid.bits)  # they share the scales
             problem = Problem(" + ".join(names), weight, fmt, inputs=plan.layers[names[0]].inputs, **fields)
-            chosen.append((folds[index], transform.scales(problem, folds[index].tie)))
-            if problem.extremes is not None:
-                widths = torch.maximum(problem.extremes[0].abs(), problem.extremes[1].abs())
-                ends = {"widest_input": float(widths.max()), "smoothed_to": float((widths / chosen[-1][1]).max())}
-                facts |= dict.fromkeys(names, ends)
-    for group, scales in chosen:
-        group.apply(model, scales, plan.dtype)
-    touched = {name for group, _ in chosen for name in (*group.consumers, *group.extra, group.producer.name)}
+            low, high = problem.extremes or (None, None)
+            widths = None if low is None or high is None else torch.maximum(low.abs(), high.abs())
+            chosen.append((folds[index], transform.scales(problem, folds[index].tie), widths))
+    facts: dict[str, dict[str, float]] = {}
+    for group, scales, widths in chosen:
+        applied = group.apply(model, scales, plan.dtype)
+        if widths is not None:
+            ends = {"widest_input": float(widths.max()), "smoothed_to": float((widths / applied).max())}
+            facts |= dict.fromkeys(group.consumers, ends)
+    touched = {name for group, _, _ in chosen for name in (*group.consumers, *group.extra, group.producer.name)}
     for name in touched - set(plan.layers):  # what stays in float is computed with as it will be saved
         module = model.get_submodule(name)
         arch.set_weight(module, arch.get_weight(module).to(plan.dtype))

@@ -132,7 +132,8 @@ class Plan:
         width = max(map(len, self.layers), default=5)
         lines = [f"{'layer':{width}}  {'out x in':>13}  {'format':22}  bits/weight"]
         for p in self.layers.values():
-            lines.append(f"{p.name:{width}}  {p.shape[0]:>6}x{p.shape[1]:<6}  {p.format!s:22}  {p.bits_per_weight:.3f}")
+            stored = f"{p.format} x {p.inputs}" if p.inputs else str(p.format)
+            lines.append(f"{p.name:{width}}  {p.shape[0]:>6}x{p.shape[1]:<6}  {stored:22}  {p.bits_per_weight:.3f}")
         lines.append(
             f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight; "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"

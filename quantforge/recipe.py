@@ -13,11 +13,12 @@ from quantforge import registry
 from quantforge.errors import RecipeError, nearest, pick
 from quantforge.numerics.blocks import Flat
 from quantforge.numerics.formats import Format, parse
-from quantforge.numerics.grids import Grid, IntGrid, int_grid, nf_grid
+from quantforge.numerics.grids import Grid, IntGrid, int_grid, narrow_grid, nf_grid
 from quantforge.numerics.inputs import Inputs, parse_inputs
 from quantforge.protocols import Correction, Solver, Transform, Tuner
 
 CACHE = "kv:"
+INPUT_OPTIONS: dict[str, type] = {"threshold": float, "dynamic": bool}
 DEFAULT_WEIGHTS = "int4-g64-asym"
 _FIELDS = ("about", "paper", "weights", "inputs", "solver", "transforms", "tuners", "corrections", "skip")
 _PARTS = {"solver": "solver", "transform": "transforms", "tuner": "tuners", "correction": "corrections"}
@@ -228,6 +229,9 @@ def _join(name: str, raws: list[dict[str, Any]]) -> dict[str, Any]:
         raise RecipeError(214, f"{name!r} names a method twice.")
     joined = dict(raws[0])
     for raw in raws[1:]:
+        if raw["inputs"] is not None and joined["inputs"] not in (None, raw["inputs"]):
+            raise RecipeError(214, f"{name!r} joins methods that each say how inputs are rounded; name one of them.")
+        joined["inputs"] = joined["inputs"] or raw["inputs"]
         for slot, plain in (("weights", (DEFAULT_WEIGHTS,)), ("solver", ("rtn",))):
             if raw[slot] in plain or raw[slot] == joined[slot]:
                 continue
@@ -262,13 +266,11 @@ def _inputs(raw: Mapping[str, Any] | str | None, asked: str | None) -> Inputs | 
 
 def _adjust(rounding: Inputs, option: str, value: Any) -> Inputs:
     """Return `rounding` with one of the user's settings."""
-    kinds: dict[str, type] = {"threshold": float, "dynamic": bool}
-    if option not in kinds:
-        raise RecipeError(
-            222, f"inputs have no option {option!r}: {nearest(option, kinds)}there are: threshold, dynamic."
-        )
+    if option not in INPUT_OPTIONS:
+        hint = nearest(option, INPUT_OPTIONS)
+        raise RecipeError(222, f"inputs have no option {option!r}: {hint}there are: {', '.join(INPUT_OPTIONS)}.")
     try:
-        return replace(rounding, **{option: registry.coerce(f"inputs.{option}", value, kinds[option])})
+        return replace(rounding, **{option: registry.coerce(f"inputs.{option}", value, INPUT_OPTIONS[option])})
     except ValueError as error:
         raise RecipeError(222, f"inputs: {error}.") from error
 
@@ -323,13 +325,18 @@ def _override(
         group_size=group_size,
         symmetric=symmetric,
         inputs=inputs,
-        settings=settings if same else None,
+        settings=_applying(settings, inputs) if same else None,
     )
     if not same and (other.transforms or other.tuners):
         raise RecipeError(
             220, f"the override {pattern!r} asks for {method}, which works on whole blocks; make it the method instead."
         )
     return other
+
+
+def _applying(settings: dict[str, Any] | None, inputs: str | None) -> dict[str, Any]:
+    """Return the settings that still apply where inputs are left in float."""
+    return {k: v for k, v in (settings or {}).items() if inputs != "float" or not k.startswith("inputs.")}
 
 
 def _change(fmt: Format, bits: int | None, group_size: int | None, symmetric: bool | None) -> Format:
@@ -358,7 +365,7 @@ def _widen(grid: Grid, bits: int) -> Grid:
     if type(bits) is not int or bits not in range(2, 9):
         raise RecipeError(206, f"bits must be a whole number from 2 to 8, not {bits!r}.")
     if isinstance(grid, IntGrid):
-        return int_grid(bits)
+        return narrow_grid(bits) if grid.name.startswith("narrow") else int_grid(bits)
     if grid.name.startswith("nf"):
         return nf_grid(bits)
     if bits != grid.bits:
@@ -376,6 +383,8 @@ def catalogue() -> list[dict[str, Any]]:
             for kind, part in chosen.parts()
             for f in fields(part)
         }
+        if chosen.inputs is not None:
+            options |= {f"inputs.{k}": (kind.__name__, getattr(chosen.inputs, k)) for k, kind in INPUT_OPTIONS.items()}
         found.append(
             {
                 "name": name,

@@ -84,7 +84,7 @@ def solve(
         blank = problem
         if few:
             blank = Problem(problem.name, stacked, group[0].format, range=trained, **_nothing(plan, stacked))
-        rounds = _settled(group[0], problem, plan.dtype)
+        rounds = _settled(group[0], problem, plan.dtype, few=few)
         solved = _solve_spared(group[0].solver, blank, rounds, plan.dtype)
         for correction in group[0].corrections:
             solved = correction.correct(blank, solved)
@@ -117,10 +117,15 @@ def _nothing(plan: Plan, weight: Tensor) -> dict[str, Any]:
     return Statistics(plan.needs, weight.shape[1], weight.device).fields()
 
 
-def _settled(p: LayerPlan, problem: Problem, dtype: torch.dtype) -> QInput | None:
-    """Return how the layer will round its inputs, with what calibration was to find."""
+def _settled(p: LayerPlan, problem: Problem, dtype: torch.dtype, *, few: bool) -> QInput | None:
+    """Return how the layer will round its inputs, with what calibration was to find.
+
+    An expert that saw few tokens finds it anew in every input.
+    """
     if p.inputs is None:
         return None
+    if few and p.inputs.needs:
+        return QInput(replace(p.inputs, static=False, dynamic=True))
     if not p.inputs.needs:
         return QInput(p.inputs)
     assert problem.extremes is not None

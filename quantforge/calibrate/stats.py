@@ -114,7 +114,9 @@ class Statistics:
         if "extremes" in self.needs:
             self.extremes.add(x)
         if "samples" in self.needs and len(flat):
-            self.samples.append(flat[:: max(len(flat) // SAMPLED, 1)][:SAMPLED].float())
+            # drawn: at even distances, a first token of a window, which is like no other, would come up too often
+            drawn = torch.randperm(len(flat), generator=torch.Generator().manual_seed(batch))[:SAMPLED]
+            self.samples.append(flat[drawn.to(flat.device)].float())
         if "magnitude" in self.needs:
             size = flat.double().abs()
             self.magnitude += size.masked_fill(~size.isfinite(), 0).sum(0)

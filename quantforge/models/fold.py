@@ -110,8 +110,10 @@ class Fold:
         mean = x.view(groups, query // groups, width).mean(1, keepdim=True)
         return mean.expand(-1, query // groups, -1).reshape(-1)
 
-    def apply(self, model: nn.Module, scales: Tensor, dtype: torch.dtype) -> None:
+    def apply(self, model: nn.Module, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiply the consumers' input channels by `scales` [in] and divide the producer's outputs by them.
+
+        Returns the scales that were applied.
 
         What a norm can store in `dtype` decides: the scales are adjusted to it, so that nothing is lost to rounding.
         A producer's bias is rounded to `dtype`, in which it will be saved.
@@ -128,6 +130,7 @@ class Fold:
                 weight = consumer.weight
                 assert isinstance(weight, Tensor)
                 weight.mul_(scales[:, None] if isinstance(consumer, Conv1D) else scales)
+        return scales
 
     def _per_row(self, scales: Tensor) -> Tensor:
         """Return one scale a row of the producer: of the query heads that share one, the first has it."""

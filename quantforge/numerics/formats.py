@@ -44,10 +44,11 @@ class Format:
     def with_scale(self, dtype: torch.dtype) -> Format:
         """Return this format with scales, and real zero points, stored in `dtype`.
 
-        Scales that are quantized themselves or powers of two stay, and so do those of flat blocks, which are float32 by
-        their definition.
+        Scales that are quantized themselves or powers of two stay, and so do those of flat blocks and of narrow
+        integers, which bitsandbytes keeps in float32.
         """
-        if isinstance(self.scale, Format) or isinstance(self.block, Flat) or self.scale == E8M0:
+        own = isinstance(self.block, Flat) or self.grid.name.startswith("narrow")
+        if isinstance(self.scale, Format) or own or self.scale == E8M0:
             return self
         return replace(self, scale=dtype, zero=dtype if isinstance(self.zero, torch.dtype) else self.zero)
 

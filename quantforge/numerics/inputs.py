@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantforge.numerics.blocks import spread
+from quantforge.numerics.blocks import Flat, spread
 from quantforge.numerics.formats import Format, parse
 from quantforge.numerics.grids import IntGrid
 from quantforge.numerics.qtensor import QTensor, fit, from_values
@@ -21,7 +21,7 @@ _STATIC = "-static"
 class Inputs:
     """How inputs [tokens, in] are to be rounded.
 
-    format     its blocks are tokens (1, None), the whole input (None, None), or channels of a token in groups (1, n)
+    format     its blocks are tokens (1, None), all tokens of a call (None, None), or groups of a token's channels (1, n)
     static     ranges come from calibration and stay; False: they are found anew in every input
     threshold  channels in which an |x| reaches it stay in float (LLM.int8(), arXiv:2208.07339, section 3.2); inf: none
     dynamic    those channels are found anew in every input, as bitsandbytes does, and their weights are rounded like
@@ -38,8 +38,12 @@ class Inputs:
             raise ValueError(f"threshold must be above 0, not {self.threshold}; LLM.int8() has 6")
         if self.static and self.format.block != (None, None):
             raise ValueError(f"static ranges are for inputs by tensor, not {self.format}; int8-tensor-static works")
-        if isinstance(self.format.scale, torch.dtype) and self.format.zero is not None:
+        if self.format.zero is not None:
             raise ValueError(f"inputs are rounded with integer zero points or none, not as {self.format}")
+        block = self.format.block
+        by_token = not isinstance(block, Flat) and (block[0] == 1 or block == (None, None))
+        if not by_token or not isinstance(self.format.scale, torch.dtype):
+            raise ValueError(f"inputs are rounded by token, tensor or group, not as {self.format}; int8-token works")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -90,7 +94,7 @@ class QInput:
             return x
         kept, rest = self._split(flat)
         shape, fmt = (flat.shape[0], flat.shape[1]), self.inputs.format
-        r = self.range or fit(rest, fmt)
+        r = self._range(rest)
         out = round_to(rest, spread(r.scale, shape, fmt.block), spread(r.zero, shape, fmt.block), fmt)
         if kept is not None:
             out[:, kept] = flat[:, kept]
@@ -100,11 +104,16 @@ class QInput:
         """Return `x` [tokens, in] as codes, and the indices of the channels that stay in float, whose codes mean 0."""
         kept, rest = self._split(x.float())
         shape, fmt = (x.shape[0], x.shape[1]), self.inputs.format
-        r = self.range or fit(rest, fmt)
+        r = self._range(rest)
         if kept is not None:
             rest = rest.index_fill(1, kept, 0.0)
         values = rest / spread(r.scale, shape, fmt.block) + spread(r.zero, shape, fmt.block)
         return from_values(values, r, fmt), torch.empty(0, dtype=torch.long) if kept is None else kept
+
+    def _range(self, x: Tensor) -> Range:
+        if self.range is None:
+            return fit(x, self.inputs.format)
+        return Range(self.range.scale.to(x.device), self.range.zero.to(x.device))
 
     def _split(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the channels of `x` [tokens, in] that stay in float, or None, and what the ranges are found from.
@@ -113,7 +122,8 @@ class QInput:
         as in bitsandbytes.
         """
         if self.spared is not None:
-            return self.spared.long(), x.index_fill(1, self.spared.long(), 0.0)
+            spared = self.spared.long().to(x.device)
+            return spared, x.index_fill(1, spared, 0.0)
         if not self.inputs.dynamic or not math.isfinite(self.inputs.threshold):
             return None, x
         wide = x.abs() >= self.inputs.threshold
@@ -148,6 +158,7 @@ def integer_product(x: QTensor, weight: QTensor) -> Tensor:
         if not isinstance(part.format.grid, IntGrid) or not part.format.symmetric or part.scale.shape[1] != 1:
             raise ValueError(f"an integer product needs symmetric integers with a scale a row, not {part.format}")
     a, b = ((q.format.grid.decode(q.codes)).to(torch.int8) for q in (x, weight))
-    total = torch._int_mm(a, b.T.contiguous()) if len(a) and a.device.type == "cpu" else a.int() @ b.int().T
+    whole = len(a) and a.device.type == "cpu"  # elsewhere shapes must be multiples; sums of integers fit float64
+    total = torch._int_mm(a, b.T.contiguous()) if whole else a.double() @ b.double().T
     scales = [q.scale.float() if isinstance(q.scale, Tensor) else q.scale.dequantize() for q in (x, weight)]
     return total.float() * scales[0] * scales[1].T

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from math import inf
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ class LKD:
 
     The weights of one decoder block at a time are trained by the squared error between its output, weights and inputs
     rounded, and that of the float model's block; rounding passes gradients straight through. The best weights met are
-    kept, on the inputs that training saw, so that a block is never worse than before (our addition).
+    kept (our addition): they are looked for four times, on every few of the windows, rounding by min-max; a block for
+    which none is better stays as it was.
 
     steps    of AdamW a block (the paper: at most 100)
     rate     learning rate (the paper: 5e-6)
@@ -128,8 +128,8 @@ def _rounded(weight: Tensor, fmt: Format) -> Tensor:
 def _sliced(part: Any, count: int, start: int, stop: int) -> Any:
     """Return a call's arguments with every tensor that has a row a window cut to the windows from `start` to `stop`."""
     if isinstance(part, Tensor):
-        return part[start:stop] if part.dim() and part.shape[0] == count else part
-    if isinstance(part, tuple | list):
+        return part[start:stop] if part.dim() > 1 and part.shape[0] == count else part
+    if type(part) in (tuple, list):
         return type(part)(_sliced(item, count, start, stop) for item in part)
     if isinstance(part, dict):
         return {key: _sliced(item, count, start, stop) for key, item in part.items()}
@@ -151,7 +151,7 @@ def _rounding_inputs(modules: Mapping[str, nn.Module], schemes: Mapping[str, Sch
     for name, module in gated.items():
         inputs = schemes[name].inputs
         assert inputs is not None
-        activations.gate(module, _Through(replace(inputs, static=False, threshold=inf)))
+        activations.gate(module, _Through(replace(inputs, static=False, dynamic=True)))
     try:
         yield
     finally:

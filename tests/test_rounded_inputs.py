@@ -1,0 +1,207 @@
+"""Layers that round their inputs, end to end: what they compute, what calibration sees, what is saved and undone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import quantforge
+from quantforge import pipeline, recipe, report
+from quantforge import plan as planning
+from quantforge.calibrate import corpus
+from quantforge.cli import main
+from quantforge.errors import PlanError, RecipeError
+from quantforge.models import activations, arch, tiny
+from quantforge.numerics.formats import parse
+from quantforge.numerics.inputs import QInput, parse_inputs
+
+TINY = Path(__file__).parent / "data" / "tiny-llama"
+IDS = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def rounded(inputs: str, method: str = "rtn", kind: str = "llama", **settings):
+    model = tiny.make(kind)
+    options = {key.replace("__", "."): value for key, value in settings.items()}
+    own = {} if method != "rtn" else {"bits": 8, "group_size": -1, "symmetric": True}
+    chosen = recipe.load(method, inputs=inputs, settings=options, **own)
+    return model, pipeline.quantize(model, planning.make(model, chosen, torch.float32), IDS)
+
+
+def inputs_of(model, name, ids=IDS):
+    """Return what arrives at a layer before its gate, and what the layer then computes with."""
+    seen = []
+    module = model.get_submodule(name)
+    handles = [
+        module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()), prepend=True),
+        module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach())),
+    ]
+    with torch.no_grad():
+        out = model(ids).logits
+    for handle in handles:
+        handle.remove()
+    return seen[0], seen[1], out
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt", "phi3", "mixtral"])
+@pytest.mark.parametrize("inputs", ["int8-token", "int8-tensor-static"])
+def test_every_layer_of_the_plan_rounds_its_input_and_no_other_does(kind, inputs):
+    model, rows = rounded(inputs, kind=kind)
+    gated = {name for name, module in model.named_modules() if activations.find(module) is not None}
+    assert gated == {row.name for row in rows}
+    assert all(activations.find(model.get_submodule(row.name)).rounds is row.weight.inputs for row in rows)
+    for row in rows:
+        assert (row.weight.inputs.range is not None) == inputs.endswith("static")
+
+
+def test_a_layer_computes_with_its_rounded_input():
+    model, _ = rounded("int4-token")
+    before, after, _ = inputs_of(model, LAYER)
+    assert torch.equal(after, QInput(parse_inputs("int4-token")).round(before))
+    assert not torch.equal(after, before)
+
+
+def test_calibration_sees_inputs_that_come_through_rounded_layers_and_are_not_yet_rounded():
+    """The static range of a late layer spans what arrives there in the finished model, and of no float model."""
+    model, rows = rounded("int8-tensor-static")
+    row = next(row for row in rows if row.name == LAYER)
+    before, _, _ = inputs_of(model, LAYER)
+    spans = float(before.abs().max()) * 2 / 255
+    torch.testing.assert_close(float(row.weight.inputs.range.scale), spans, rtol=1e-6, atol=0)
+    float_before, _, _ = inputs_of(tiny.make("llama"), LAYER)
+    assert float(float_before.abs().max()) != float(before.abs().max())
+
+
+def test_nothing_is_left_of_the_gates_when_a_model_is_quantized_anew_without_them():
+    model, _ = rounded("int8-token")
+    plan = planning.make(model, recipe.load("rtn", bits=8, group_size=-1, symmetric=True), torch.float32)
+    pipeline.quantize(model, plan)
+    assert not any(activations.find(module) for module in model.modules())
+
+
+def test_features_above_the_threshold_keep_their_float_weights_and_inputs():
+    model, rows = rounded("narrow8-token", "llm-int8", inputs__threshold=1.5)
+    row = next(row for row in rows if 0 < len(row.weight.inputs.spared) < row.weight.base.shape[1])
+    index = row.weight.inputs.spared.long()
+    exact = arch.get_weight(tiny.make("llama").get_submodule(row.name))
+    assert torch.equal(row.weight.dequantize()[:, index], exact[:, index])
+    assert row.weight.notes["float_columns"] == len(index)
+    assert row.weight.nbits > row.weight.base.nbits
+    before, after, _ = inputs_of(model, row.name)
+    assert torch.equal(after[..., index], before[..., index])
+    others = torch.ones(before.shape[-1], dtype=torch.bool).index_fill(0, index, False)
+    assert not torch.equal(after[..., others], before[..., others])
+
+
+def test_a_huge_threshold_is_plain_vector_wise_rounding():
+    plain, _ = rounded("narrow8-token", "rtn")
+    spared, _ = rounded("narrow8-token", "llm-int8", inputs__threshold=1e9)
+    made = replace(recipe.load("rtn", inputs="narrow8-token"), weights=parse("llm-int8"))
+    model = tiny.make("llama")
+    pipeline.quantize(model, planning.make(model, made, torch.float32))
+    with torch.no_grad():
+        assert torch.equal(spared(IDS).logits, model(IDS).logits)
+        assert not torch.equal(plain(IDS).logits, spared(IDS).logits)  # int8 and narrow8 weights differ
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("method", ["llm-int8", "smoothquant", "zeroquant"])
+def test_what_is_saved_computes_the_same(method, kind, tmp_path):
+    settings = {"inputs.threshold": 2.0} if method == "llm-int8" else {}
+    settings |= {"tuner.steps": 2} if method == "zeroquant" else {}
+    size = 32 if method == "zeroquant" else None
+    result = quantforge.quantize(
+        tiny.make(kind), method, group_size=size, calibration=IDS, out=tmp_path / "q", settings=settings
+    )
+    loaded = quantforge.load(tmp_path / "q")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, result.model(IDS).logits)
+    with torch.no_grad():
+        activations.remove(loaded.modules())
+        assert not torch.equal(loaded(IDS).logits, result.model(IDS).logits)
+
+
+def test_a_model_whose_norms_come_after_the_residual_is_refused():
+    model = tiny.make("opt", do_layer_norm_before=False, word_embed_proj_dim=32)
+    with pytest.raises(PlanError, match=r"QF-258.*smoothquant rescales layers, and nothing in this opt"):
+        planning.make(model, recipe.load("smoothquant"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "settings", "said"),
+    [
+        ("int8-row", {}, "'int8-row' is no format"),
+        ("int8-token-static", {}, "static ranges are for inputs by tensor"),
+        ("int8-token", {"inputs.threshold": -1.0}, "threshold must be above 0"),
+        ("int8-token", {"inputs.treshold": 1.0}, "inputs have no option 'treshold': did you mean 'threshold'"),
+        (None, {"inputs.threshold": 1.0}, "there is no setting 'inputs.threshold'"),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused_in_one_line(inputs, settings, said):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load("rtn", inputs=inputs, settings=settings)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for part in ("calibration", "evaluation"):
+        (folder / f"{part}.txt").write_text(corpus.load_text("python-docs", part).text[:4000], encoding="utf-8")
+    arguments = {"calibration": str(folder / "calibration.txt"), "data": str(folder / "evaluation.txt")}
+    arguments |= {"samples": 8, "seq_len": 64, "windows": 8}
+    methods = ["rtn", "smoothquant", "llm-int8", "gptq", "kv:int8-token", "kv:int2-token"]
+    found = quantforge.compare(
+        TINY, methods=methods, bits=[8], group_size=-1, symmetric=True, inputs="int8-tensor-static", **arguments
+    )
+    return found, arguments
+
+
+def test_runs_of_a_comparison_do_not_see_each_others_inputs(compared):
+    found, arguments = compared
+    runs = {run.label: run for run in found.runs}
+    alone = quantforge.compare(
+        TINY, methods=["gptq"], bits=[8], group_size=-1, symmetric=True, inputs="int8-tensor-static", **arguments
+    )
+    label = "gptq-int8-channel-sym-x-int8-tensor-static"
+    assert runs[label].perplexity == alone.runs[1].perplexity
+    plain = quantforge.compare(TINY, methods=["gptq"], bits=[8], group_size=-1, symmetric=True, **arguments)
+    assert plain.runs[1].perplexity != alone.runs[1].perplexity
+    assert all(layer.format.endswith(" x int8-tensor-static") for layer in runs[label].layers)
+    assert runs[label].options["inputs"] == "int8-tensor-static"
+
+
+def test_caches_are_rows_of_their_own(compared):
+    runs = {run.label: run for run in compared[0].runs}
+    assert runs["kv:int8-token"].perplexity == pytest.approx(runs["fp"].perplexity, rel=0.01)
+    assert runs["kv:int2-token"].perplexity > 1.05 * runs["kv:int8-token"].perplexity
+    assert "bytes a token" in runs["kv:int8-token"].notes[0]
+
+
+def test_the_widest_channels_are_told_before_and_after_smoothing(compared):
+    rows = report.widest(compared[0])
+    assert {row[1] for row in rows} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert all(row[0].startswith("smoothquant") for row in rows)
+    assert "Widest input channels" in report.to_markdown(compared[0])
+    assert "Widest input channels" in report.to_html(compared[0])
+
+
+def test_the_commands_take_inputs_and_caches(tmp_path, compared):
+    text = compared[1]["data"]
+    out = tmp_path / "q"
+    common = ["--samples", "2", "--seq-len", "32", "--calib", compared[1]["calibration"]]
+    asked = ["quantize", str(TINY), "-m", "rtn", "--bits", "8", "--group-size", "-1", "--symmetric"]
+    done = CliRunner().invoke(main, [*asked, "--inputs", "int8-token", "--out", str(out), *common])
+    assert done.exit_code == 0, done.output
+    shown = CliRunner().invoke(main, ["evaluate", str(out), "--data", text, "--windows", "2", "--seq-len", "32"])
+    assert shown.exit_code == 0, shown.output
+    kv = ["evaluate", str(out), "--data", text, "--windows", "2", "--seq-len", "32", "--kv"]
+    assert "bytes a token" in CliRunner().invoke(main, [*kv, "int8-token"]).output
+    wrong = CliRunner().invoke(main, [*kv, "int4-kivi-g32-w16"])
+    assert wrong.exit_code != 0
+    assert "window" in wrong.output
