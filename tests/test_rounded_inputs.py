@@ -205,3 +205,41 @@ def test_the_commands_take_inputs_and_caches(tmp_path, compared):
     wrong = CliRunner().invoke(main, [*kv, "int4-kivi-g32-w16"])
     assert wrong.exit_code != 0
     assert "window" in wrong.output
+
+
+@pytest.mark.parametrize("name", ["smoothquant+gptq", "gptq+smoothquant", "rtn+llm-int8", "awq+smoothquant"])
+def test_a_joined_method_rounds_the_inputs_that_either_part_rounds(name):
+    assert recipe.load(name).inputs is not None
+    assert "-x-" in recipe.load(name).label
+
+
+def test_methods_that_round_inputs_differently_cannot_be_joined():
+    with pytest.raises(RecipeError, match="each say how inputs are rounded"):
+        recipe.load("smoothquant+llm-int8")
+
+
+def test_an_expert_without_tokens_finds_its_range_in_every_input():
+    model = tiny.make("mixtral")
+    model.model.layers[0].mlp.gate.weight.data[3] = -100.0 * model.model.layers[0].mlp.gate.weight.data[:3].abs().sum(0)
+    chosen = recipe.load("rtn", bits=8, group_size=-1, symmetric=True, inputs="int8-tensor-static")
+    rows = pipeline.quantize(model, planning.make(model, chosen, torch.float32), IDS)
+    for row in rows:
+        starved = row.tokens < max(row.weight.base.shape[1], IDS.numel() / 100)
+        if ".experts." in row.name:
+            assert (row.weight.inputs.range is None) == starved
+    assert any(row.weight.inputs.range is None for row in rows if ".experts." in row.name)
+
+
+def test_a_run_that_fails_leaves_no_gates(monkeypatch):
+    model = tiny.make("llama")
+    plan = planning.make(model, recipe.load("rtn", inputs="int8-tensor-static", group_size=32), torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(model, plan, IDS, progress=lambda layer: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not any(activations.find(module) for module in model.modules())
+
+
+def test_losses_of_smoothed_layers_are_their_own(compared):
+    """They are not those of plain rounding, which does not smooth."""
+    runs = {run.label: run for run in compared[0].runs}
+    smoothed, plain = (runs[f"{m}-int8-channel-sym-x-int8-tensor-static"].layers for m in ("smoothquant", "rtn"))
+    assert all(a.loss != b.loss for a, b in zip(smoothed, plain, strict=True) if a.kind == "q_proj")

@@ -21,7 +21,7 @@ _STATIC = "-static"
 class Inputs:
     """How inputs [tokens, in] are to be rounded.
 
-    format     its blocks are tokens (1, None), all tokens of a call (None, None), or groups of a token's channels (1, n)
+    format     its blocks are tokens (1, None), all tokens of a call (None, None), or groups of a token (1, n)
     static     ranges come from calibration and stay; False: they are found anew in every input
     threshold  channels in which an |x| reaches it stay in float (LLM.int8(), arXiv:2208.07339, section 3.2); inf: none
     dynamic    those channels are found anew in every input, as bitsandbytes does, and their weights are rounded like

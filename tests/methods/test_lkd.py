@@ -7,6 +7,10 @@ from quantforge import pipeline, recipe
 from quantforge import plan as planning
 from quantforge.errors import RecipeError
 from quantforge.models import activations, arch, tiny
+from quantforge.numerics.formats import parse
+from quantforge.numerics.inputs import QInput, parse_inputs
+from quantforge.numerics.qtensor import fit, quantize
+from quantforge.tuners import lkd
 
 IDS = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))
 
@@ -79,3 +83,30 @@ def test_it_runs_on_every_kind_of_block(kind):
 def test_options_out_of_range_are_refused(options, said):
     with pytest.raises(RecipeError, match=said):
         distilled(**options)
+
+
+def test_gradients_pass_straight_through_the_rounding_of_inputs_and_weights():
+    rounds = lkd._Through(parse_inputs("int4-token"))
+    x = torch.randn(3, 16, requires_grad=True)
+    rounds.round(x).square().sum().backward()
+    assert torch.equal(x.grad, 2 * rounds.round(x).detach())
+    assert torch.equal(rounds.round(x), QInput(parse_inputs("int4-token")).round(x.detach()))
+
+
+def test_nothing_to_round_is_nothing_to_learn():
+    """Weights that lie on their grid and inputs in float: the student is the teacher, and stays it."""
+    model = tiny.make("llama")
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    for name in names:
+        module = model.get_submodule(name)
+        fmt = parse("int8-channel-sym")
+        for _ in range(3):  # until rounding changes nothing
+            w = module.weight.detach()
+            module.weight.data = quantize(w, fit(w, fmt), fmt).dequantize(torch.float32)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    chosen = recipe.load("zeroquant", bits=8, group_size=-1, inputs="float", settings={"tuner.steps": 5})
+    rows = pipeline.quantize(model, planning.make(model, chosen, torch.float32), IDS)
+    for row in rows:
+        torch.testing.assert_close(
+            arch.get_weight(model.get_submodule(row.name)), before[row.name], rtol=0.01, atol=1e-3
+        )

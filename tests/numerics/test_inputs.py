@@ -138,3 +138,29 @@ def test_codes_and_row_statistics_are_those_of_bitsandbytes():
 def test_what_makes_no_sense_is_refused(make, said):
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         make()
+
+
+def test_weights_have_the_codes_and_row_statistics_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes").functional
+    w = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)).half()
+    theirs, statistics, _ = functional.int8_vectorwise_quant(w)
+    fmt = parse("llm-int8").with_scale(torch.bfloat16)
+    ours = quantize(w.float(), fit(w.float(), fmt), fmt)
+    assert ours.scale.dtype == torch.float32
+    torch.testing.assert_close(ours.scale[:, 0] * 127, statistics.float(), rtol=1e-6, atol=0)
+    assert torch.equal(fmt.grid.decode(ours.codes).to(torch.int8), theirs)
+
+
+def test_rounding_leaves_its_argument_alone_and_keeps_its_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = sample(0).to(dtype)
+        before = x.clone()
+        for text in NOTATIONS:
+            assert QInput(parse_inputs(text)).round(x).dtype == dtype
+            assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("text", ["nf4-f64", "int8-b8x8", "fp4-m2-g64", "nvfp4"])
+def test_blocks_that_reach_across_tokens_are_refused(text):
+    with pytest.raises(ValueError, match="inputs are rounded by token, tensor or group"):
+        parse_inputs(text)
