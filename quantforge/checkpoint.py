@@ -83,7 +83,8 @@ def _stored(row: dict[str, Any]) -> str:
 def _exporter(quantization: dict[str, Any]) -> Exporter:
     """Return the exporter that reads what a `quantization_config` describes."""
     method = quantization.get("quant_method")
-    name = {native.METHOD: "native", "bitsandbytes": "bitsandbytes"}.get(str(method), "compressed-tensors")
+    bits = "bitsandbytes8" if quantization.get("load_in_8bit") is True else "bitsandbytes"
+    name = {native.METHOD: "native", "bitsandbytes": bits}.get(str(method), "compressed-tensors")
     found: Exporter = registry.create("exporter", name)
     return found
 

@@ -31,6 +31,7 @@ _BUILT_IN = (
     "quantforge.corrections.lorc",
     "quantforge.exporters.compressed_tensors",
     "quantforge.exporters.bitsandbytes",
+    "quantforge.exporters.bitsandbytes8",
     "quantforge.exporters.native",
 )
 _TABLE: dict[tuple[str, str], type] = {}

@@ -7,7 +7,7 @@ from quantforge.plan import Plan
 from quantforge.protocols import Exporter
 
 # what loads elsewhere comes first; the last takes everything
-PREFERRED = ("compressed-tensors", "bitsandbytes", "native")
+PREFERRED = ("compressed-tensors", "bitsandbytes", "bitsandbytes8", "native")
 
 
 def choose(plan: Plan, name: str | None = None) -> Exporter:

@@ -1,0 +1,71 @@
+"""8-bit checkpoints of bitsandbytes: what stock transformers loads, and what comes back here bit for bit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import quantforge
+from quantforge.errors import ModelError
+from quantforge.models import tiny
+
+IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+DYNAMIC = {"inputs.dynamic": True, "inputs.threshold": 2.0}
+
+
+def saved(folder, dtype=torch.float32, settings=DYNAMIC):
+    model = tiny.make("llama", dtype=dtype)
+    return quantforge.quantize(model, "llm-int8", calibration=IDS, settings=settings, out=folder)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("settings", [DYNAMIC, {"inputs.threshold": float("inf")}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_comes_back_bit_for_bit(dtype, settings, tmp_path):
+    result = saved(tmp_path / "q", dtype, settings)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["load_in_8bit"]) == ("bitsandbytes", True)
+    assert config["llm_int8_threshold"] == (2.0 if settings is DYNAMIC else 0.0)
+    assert torch.equal(logits(quantforge.load(tmp_path / "q")), logits(result.model))
+
+
+def test_stock_transformers_computes_the_same_but_for_its_casts_to_float16(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    result = saved(tmp_path / "q")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    ours, theirs, exact = logits(result.model), logits(stock).float(), logits(tiny.make("llama"))
+    assert float((theirs - ours).norm() / ours.norm()) < 0.01
+    assert float((theirs - exact).norm()) < 1.2 * float((ours - exact).norm())
+
+
+def test_fixed_features_go_to_a_container_that_holds_their_float_columns(tmp_path):
+    saved(tmp_path / "q", settings={"inputs.threshold": 2.0})
+    assert (
+        json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["quant_method"] == "quantforge"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("SCB", lambda x: x[:-1].clone(), "a number a row in SCB"),
+        ("SCB", lambda x: -x, "out of range"),
+        ("weight", lambda x: x.float(), "lacks its int8 weight"),
+    ],
+)
+def test_damage_is_told_in_one_line(part, change, said, tmp_path):
+    saved(tmp_path / "q")
+    file = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(file)
+    key = f"model.layers.0.self_attn.q_proj.{part}"
+    tensors[key] = change(tensors[key])
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=said):
+        quantforge.load(tmp_path / "q")
