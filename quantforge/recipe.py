@@ -191,7 +191,7 @@ class Wish:
         extra = [f"{key.rpartition('.')[2]}={value}" for key, value in (self.settings or {}).items()]
         for pattern, wish in (self.overrides or {}).items():
             extra.append(f"{pattern}={','.join(map(str, wish.values()))}")
-        return " ".join([self.recipe().label, *extra])
+        return " ".join([self.recipe().label, *dict.fromkeys(extra)])
 
 
 def suites() -> list[str]:

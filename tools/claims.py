@@ -42,6 +42,16 @@ def below(better: str, worse: str, slack: float = 1.0) -> Callable[[Runs], tuple
     return check
 
 
+def nearer(better: str, worse: str) -> Callable[[Runs], tuple[bool, str]]:
+    """Claim that the run `better` has a lower divergence from the float model than `worse`."""
+
+    def check(runs: Runs) -> tuple[bool, str]:
+        a, b = runs[better].kl, runs[worse].kl
+        return a < b, f"{a:.4f} ({better}) against {b:.4f} ({worse})"
+
+    return check
+
+
 def beside(*labels: str) -> Callable[[Runs], tuple[bool | None, str]]:
     """Report the perplexities of several runs beside one another."""
 
@@ -120,7 +130,9 @@ def claims(bits: int) -> list[Claim]:
     """Return the claims on perplexity at one width, groups of 64."""
     g = f"int{bits}-g64-asym"
     return [
-        Claim("awq", "better than RTN with the same range rule", below(f"awq-{g}", f"rtn-{g} range=hessian")),
+        Claim("awq", "better than RTN, both with min-max ranges", below(f"awq-{g} range=minmax", f"rtn-{g}")),
+        Claim("awq", "better than RTN, both with Hessian ranges", below(f"awq-{g}", f"rtn-{g} range=hessian")),
+        Claim("awq", "and nearer to the float model by KL", nearer(f"awq-{g}", f"rtn-{g} range=hessian")),
         Claim("awq", "better than RTN", below(f"awq-{g}", f"rtn-{g}")),
         Claim("awq", "AWQ then GPTQ beside either alone", beside(f"awq+gptq-{g}", f"awq-{g}", f"gptq-{g}")),
         Claim("gptq", "better than RTN with the best range rule", below(f"gptq-{g}", f"rtn-{g} range=hessian")),
