@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import quantforge
-from quantforge import pipeline, recipe
+from quantforge import pipeline, recipe, solving
 from quantforge import plan as planning
 from quantforge.errors import QuantForgeError
 from quantforge.models import arch, tiny
@@ -121,7 +121,7 @@ def test_a_layer_of_zeros_has_no_relative_loss():
 def test_layers_solved_as_one_matrix_get_the_codes_of_layers_solved_alone(monkeypatch, group_size, symmetric):
     together = quantized("llama", group_size=group_size, symmetric=symmetric)[1]
     sizes = []
-    monkeypatch.setattr(pipeline, "_stacks", lambda layers: [sizes.append(1) or [p] for p in layers])
+    monkeypatch.setattr(solving, "_stacks", lambda layers: [sizes.append(1) or [p] for p in layers])
     alone = quantized("llama", group_size=group_size, symmetric=symmetric)[1]
     assert len(sizes) == 14
     for a, b in zip(together, alone, strict=True):
@@ -135,7 +135,7 @@ def test_layers_that_read_one_input_are_stacked():
     model = tiny.make("llama")
     plan = planning.make(model, recipe.load("gptq", group_size=32), torch.float32)
     sizes = [
-        [len(s) for s in pipeline._stacks([plan.layers[name] for name in stage.names])]
+        [len(s) for s in solving._stacks([plan.layers[name] for name in stage.names])]
         for stage in arch.find_stages(model)[0]
     ]
     assert sizes == [[3], [1], [2], [1]] * 2

@@ -39,6 +39,8 @@ def test_the_catalogue_is_json_and_has_every_recipe_with_the_settings_of_its_par
     for entry in found:
         parts = recipe.load(entry["name"]).options()
         there = {f"{part}.{option}": value for part, options in parts.items() for option, value in options.items()}
+        inputs = recipe.load(entry["name"]).inputs
+        there |= {f"inputs.{option}": getattr(inputs, option) for option in recipe.INPUT_OPTIONS if inputs}
         assert {option: default for option, (_, default) in entry["options"].items()} == there
         for option, (_, default) in entry["options"].items():
             assert recipe.load(entry["name"], settings={option: default}) == recipe.load(entry["name"])

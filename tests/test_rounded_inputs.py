@@ -54,7 +54,7 @@ def test_every_layer_of_the_plan_rounds_its_input_and_no_other_does(kind, inputs
     gated = {name for name, module in model.named_modules() if activations.find(module) is not None}
     assert gated == {row.name for row in rows}
     assert all(activations.find(model.get_submodule(row.name)).rounds is row.weight.inputs for row in rows)
-    for row in rows:
+    for row in (row for row in rows if ".experts." not in row.name):
         assert (row.weight.inputs.range is not None) == inputs.endswith("static")
 
 

@@ -41,10 +41,12 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return offset + (value − zero) · scale computed in `dtype`, as every loader does.
 
-        The default is the dtype of the scales; float32 where they are quantized. Flat blocks, as in bitsandbytes, and
-        what only quantforge reads, quantized scales and real zero points, are computed in float32 and rounded.
+        The default is the dtype of the scales; float32 where they are quantized. Flat blocks and narrow integers, as in
+        bitsandbytes, and what only quantforge reads, quantized scales and real zero points, are computed in float32 and
+        rounded.
         """
-        stock = not isinstance(self.format.block, Flat) and isinstance(self.scale, Tensor) and self.format.zero is None
+        plain = not isinstance(self.format.block, Flat) and not self.format.grid.name.startswith("narrow")
+        stock = plain and isinstance(self.scale, Tensor) and self.format.zero is None
         if not stock and dtype not in (None, torch.float32, torch.float64):
             return self.dequantize(torch.float32).to(dtype)
         scale = _dense(self.scale)
