@@ -293,7 +293,7 @@ def cache_format(text: str) -> KVFormat:
     try:
         return parse_kv(text)
     except ValueError as error:
-        raise PlanError(273, f"kv: {error}.") from error
+        raise PlanError(274, f"kv: {error}.") from error
 
 
 def _dequantized(folder: Path, device: str, trusted: bool) -> nn.Module:

@@ -89,12 +89,12 @@ def compare(
     if out is not None:
         _check_report_folder(Path(out), source.path)
     if keep is not None:
-        _check_kept(Path(keep), plans, source)
+        _check_kept(Path(keep), plans, source, resume=resume)
     tokenizer = loading.tokenizer(source)
     tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=seq_len)
     calib, calib_from = tokens(calibration, "calibration", count=samples, shuffle=shuffle, seed=seed)
     ids, data_from = tokens(data, "evaluation", count=windows)
-    done = _done(out, source.name, calib_from, data_from) if resume and keep is None else {}
+    done = _done(out, source.name, calib_from, data_from) if resume else {}
     wished = {k: _told(plan) for k, plan in plans.items()} | {k: {"cache": str(fmt)} for k, fmt in caches.items()}
     done = {k: run for k, run in done.items() if run.options == wished.get(k)}
     built = loading.model(source, device)
@@ -278,8 +278,10 @@ def _check_report_folder(out: Path, model: Path) -> None:
     check_writable(out)
 
 
-def _check_kept(keep: Path, plans: Mapping[str, Plan], source: loading.Source) -> None:
-    """Refuse, before any work, what no format holds, and checkpoints that are there already."""
+def _check_kept(keep: Path, plans: Mapping[str, Plan], source: loading.Source, *, resume: bool) -> None:
+    """Refuse, before any work, what no format holds, checkpoints that are there already, and runs taken over."""
+    if resume:
+        raise PlanError(273, "--resume takes over runs without their checkpoints; leave --keep out.")
     for label, plan in plans.items():
         check_export(plan, exporters.choose(plan))
         target = keep / label

@@ -282,3 +282,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(shared, tmp_path, mo
     assert quantized[2:] == ["rtn-int4-g64-asym"]  # its options are others
     with pytest.raises(PlanError, match="other evaluation tokens"):
         quantforge.compare(TINY, methods=["rtn"], resume=True, **{**few, "windows": 3})
+
+
+def test_runs_that_are_taken_over_have_no_checkpoints_to_keep(tmp_path):
+    with pytest.raises(PlanError, match="leave --keep out"):
+        quantforge.compare(TINY, methods=["rtn"], keep=tmp_path / "kept", out=tmp_path / "report", resume=True)

@@ -214,3 +214,25 @@ def test_a_skipped_layer_stays_as_it_is_and_the_others_of_its_stage_do_not():
 def test_token_ids_that_no_model_can_read_are_an_error_of_one_line(ids):
     with pytest.raises(QuantForgeError):
         quantforge.quantize(tiny.make("llama"), group_size=32, calibration=ids)
+
+
+def test_losses_on_float_inputs_are_those_of_the_float_model_which_stays():
+    model, ids = tiny.make("llama"), torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(0))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = planning.make(model, recipe.load("rtn", bits=3, group_size=32), torch.float32)
+    found = pipeline.float_losses(model, {"a": plan}, ids)["a"]
+    assert list(found) == list(plan.layers)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    seen = {}
+    for name in plan.layers:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, n=name: seen.__setitem__(n, args[0].detach())
+        )
+    with torch.no_grad():
+        model(ids)
+    rounded = {row.name: row.weight.dequantize() for row in pipeline.quantize(tiny.make("llama"), plan)}
+    for name, (loss, relative) in found.items():
+        x, weight = seen[name].flatten(0, 1).double(), before[f"{name}.weight"].double()
+        error, energy = ((x @ w.T).square().sum() * 2 / len(x) for w in (weight - rounded[name].double(), weight))
+        assert loss == pytest.approx(float(error), rel=1e-4)
+        assert relative == pytest.approx(float(error / energy), rel=1e-4)
