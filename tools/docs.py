@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from quantforge import exporters, plan, recipe, record, registry
 from quantforge.models import tiny
 from quantforge.numerics.formats import parse
+from quantforge.numerics.inputs import Inputs
 from quantforge.numerics.problem import Problem
 from quantforge.numerics.qtensor import QTensor, fit
 from quantforge.numerics.ranges import Range
@@ -100,6 +101,11 @@ def method_page(name: str, report: Report | None) -> str:
         for kind, part in parts
         for f in fields(part)
     ]
+    if chosen.inputs is not None:
+        rows += [
+            [f"`inputs.{option}`", f"`{getattr(chosen.inputs, option)}`", escape_markdown(described(Inputs)[option])]
+            for option in recipe.INPUT_OPTIONS
+        ]
     if rows:
         sections += [
             "## Options",

@@ -25,6 +25,7 @@ TABLE = "table:"
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRIDS = (
     *(f"int{bits}" for bits in range(2, 9)),
+    "narrow8",
     *(f"nf{bits}" for bits in range(2, 9)),
     *("af4", "fp4", "e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "dynamic8"),
 )

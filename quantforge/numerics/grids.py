@@ -81,6 +81,8 @@ class IntGrid(Grid):
 class FloatGrid(Grid):
     """The finite values of a small float; encoding rounds half to even, as hardware does, and clamps.
 
+    Powers of two alone (no mantissa) round half to the larger.
+
     mantissa  bits of it
     smallest  exponent of the smallest normal number
     """

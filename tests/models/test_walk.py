@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantforge import pipeline, recipe
+from quantforge import pipeline, recipe, solving
 from quantforge import plan as planning
 from quantforge.calibrate.stats import Hessian, Statistics
 from quantforge.models import arch, tiny
@@ -133,7 +133,7 @@ def test_gptq_chooses_the_codes_that_rerunning_the_model_for_every_stage_gives(k
         found = Statistics(frozenset({"hessian"}), x.shape[-1])
         for batch, part in enumerate(x.split(24)):
             found.add(batch, part)
-        for layer in pipeline._solve(stages[index], plan, found, lambda layer: None):
+        for layer in solving.solve(stages[index], plan, found, lambda layer: None, total=ids.numel()):
             expected[layer.name] = layer.weight.base.codes
 
     naive(twin, list(ids.split(2)), stages, solve)
