@@ -36,6 +36,12 @@ def test_every_claim_is_about_runs_of_the_suites(report):
     assert len(found) == len(claims.claims(3)) + len(claims.claims(4)) + len(claims.ONCE) + len(claims.ACTIVATIONS)
 
 
+def test_a_claim_is_named_as_missing_only_if_the_report_speaks_of_its_method(report):
+    run = next(r for r in report.runs if r.label == "gptq-int3-g64-asym")
+    _, missing = claims.rows(replace(report, runs=(replace(run, method="awq+gptq"),)))
+    assert {m.partition(",")[0] for m in missing} == {"awq", "gptq"}
+
+
 def test_a_claim_passes_by_its_numbers_only(report):
     label = "hqq-int3-g64-asym-zero"
     for perplexity, verdict in ((1.0, "| pass |"), (1000.0, "**not met**")):

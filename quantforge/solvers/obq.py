@@ -52,6 +52,9 @@ class OBQ:
     it; but at once the one that lies farthest outside its range. In the order of the columns the result is GPTQ's. A
     row that comes out worse than plain rounding takes the rounded codes.
 
+    The paper's order leaves the heaviest inputs to the end, when few weights are left to answer for them. Where some
+    inputs are far heavier than others GPTQ, with act_order, loses less.
+
     damp_percent  what is added to the Hessian's diagonal, as a share of it
     damping       "relative": a share of each column's own entry; "mean": of the mean over columns
     greedy        choose the order; False takes the columns as they come, which is GPTQ
