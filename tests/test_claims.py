@@ -86,6 +86,7 @@ def test_a_line_between_two_runs_is_read_at_the_bits_of_the_third(report):
 
 def test_a_claim_without_its_run_is_named(report):
     runs = tuple(r for r in report.runs if not r.label.startswith("spqr"))
+    runs = (*runs, replace(runs[0], label="spqr-int3-g64-asym-dq", method="spqr"))
     text = claims.page(replace(report, runs=runs), [])
     assert "\n- spqr, 3-bit base" in text.partition("Not in this report")[2]
     assert "(no run 'spqr-int3-g16-asym-dq')" in text
