@@ -174,6 +174,7 @@ def _list(text: str) -> list[str]:
 @click.option("--bits", type=int, metavar="2..8", help="Bits of a code; default: the method's.")
 @_format
 @_calibration
+@click.option("--dynamic", is_flag=True, help="Find the inputs that stay in float anew in every call (llm-int8).")
 @click.option("--out", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint in --out, once the new one is whole.")
 @click.option("--dry-run", is_flag=True, help="Show what each layer would become, then stop.")
@@ -192,6 +193,7 @@ def quantize(
     seq_len: int,
     shuffle: bool,
     seed: int,
+    dynamic: bool,
     out: Path | None,
     overwrite: bool,
     dry_run: bool,
@@ -200,6 +202,7 @@ def quantize(
     as_json: bool,
 ) -> None:
     """Quantize MODEL (a folder or a hub id; the demo model if left out) into a checkpoint that loads by itself."""
+    changed = _settings(settings) | ({"inputs.dynamic": True} if dynamic else {})
     if dry_run:
         from quantforge import api, recipe
         from quantforge.calibrate import corpus
@@ -211,7 +214,7 @@ def quantize(
             group_size=group_size,
             symmetric=symmetric,
             inputs=inputs,
-            settings=_settings(settings),
+            settings=changed,
             overrides=_overrides(overrides),
         )
         load.check_device(device)
@@ -239,7 +242,7 @@ def quantize(
         shuffle=shuffle,
         seed=seed,
         device=device,
-        settings=_settings(settings),
+        settings=changed,
         overrides=_overrides(overrides),
         out=out,
         overwrite=overwrite,

@@ -269,6 +269,13 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(out, tmp_path, monkeypatc
     assert _tree(TINY) == before
 
 
+def test_dynamic_is_a_setting_of_methods_that_round_inputs():
+    dry = ("quantize", TINY, "--dry-run", "--json", "--method")
+    flagged, plain = run(*dry, "llm-int8", "--dynamic").stdout, run(*dry, "llm-int8").stdout
+    assert flagged == run(*dry, "llm-int8", "--set", "inputs.dynamic=true").stdout != plain
+    assert run(*dry, "rtn", "--dynamic").exit_code == 2
+
+
 def test_a_dry_run_works_from_inside_the_model_folder(monkeypatch):
     monkeypatch.chdir(TINY)
     before = _tree(TINY)
