@@ -1,6 +1,6 @@
 """What rounding the inputs alone does, by kind of layer and granularity: the damage table.
 
-    python tools/damage.py MODEL TEXT.txt --out reports/damage.md
+    python tools/damage.py [MODEL] TEXT.txt --out reports/damage.md
 
 walks the float model over the first 16 windows of 512 tokens, keeps 16 tokens of every fourth of them, and rounds these
 as each format would; the weights stay in float. A number is the share of the layers' output energy that is lost, the
@@ -74,7 +74,7 @@ def _cell(found: Iterable[tuple[float, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="left out: the demo model")
     parser.add_argument("text")
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
@@ -84,7 +84,7 @@ def main() -> None:
         f"# What rounding the inputs does\n\n{source.name}, weights in float. The share of a layer's output energy "
         "that is lost by rounding its inputs: the mean over the layers of a kind; the most, and where.\n\n"
         f"{table(measure(load.model(source), ids))}\n\n"
-        "Made by `python tools/damage.py MODEL TEXT.txt --out reports/damage.md`.\n"
+        "Made by `python tools/damage.py [MODEL] TEXT.txt --out reports/damage.md`.\n"
     )
     o.out.write_text(text, encoding="utf-8")
 

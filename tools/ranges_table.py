@@ -1,6 +1,6 @@
 """Granularity by range rule: the error of 8-bit weights, and the perplexity of 4-bit ones, as a table.
 
-    python tools/ranges_table.py MODEL TEXT.txt --report reports/ranges/report.json --out reports/ranges.md
+    python tools/ranges_table.py [MODEL] TEXT.txt --report reports/ranges/report.json --out reports/ranges.md
 
 rounds every linear layer of the model to 8 bits under each rule (rules that look at data see the first 16 windows of
 512 tokens), and takes the perplexities from a report of `quantforge compare --methods ranges`.
@@ -62,7 +62,7 @@ def verdict(values: dict[tuple[str, str], float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="left out: the demo model")
     parser.add_argument("text")
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -86,7 +86,7 @@ def main() -> None:
         f"Perplexity in 4 bits, from [the report](ranges/report.md), made by `{found.command}`:\n\n"
         f"{table(perplexities, '.2f')}\n\n"
         f"Each finer granularity is better: {verdict(perplexities)}.\n\n"
-        "Made by `python tools/ranges_table.py MODEL TEXT.txt --report "
+        "Made by `python tools/ranges_table.py [MODEL] TEXT.txt --report "
         "reports/ranges/report.json --out reports/ranges.md`.\n"
     )
     o.out.write_text(text, encoding="utf-8")
