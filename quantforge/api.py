@@ -20,7 +20,7 @@ from quantforge.errors import DataError, PlanError, clean
 from quantforge.evaluation import decoding, perplexity
 from quantforge.evaluation.perplexity import Score
 from quantforge.memory import PeakMemory
-from quantforge.models import check
+from quantforge.models import activations, check
 from quantforge.models import load as loading
 from quantforge.models.kvcache import KVCache, KVFormat, parse_kv
 from quantforge.plan import Plan
@@ -276,8 +276,13 @@ def evaluate(
 
 
 def decode(model: nn.Module, ids: Tensor, fmt: KVFormat) -> tuple[Score, float]:
-    """Score `model` on ids [windows, seq_len] token by token through a cache kept in `fmt`, with its bytes a token."""
-    parts = torch.split(ids, DECODED)
+    """Score `model` on ids [windows, seq_len] token by token through a cache kept in `fmt`, with its bytes a token.
+
+    Many windows are decoded at once, but one at a time where tokens share the range that their inputs are rounded in.
+    """
+    gates = filter(None, map(activations.find, model.modules()))
+    mixes = any(gate.rounds is not None and gate.rounds.inputs.mixes_tokens for gate in gates)
+    parts = torch.split(ids, 1 if mixes else DECODED)
     scores = []
     with bar(f"decoding through {fmt}", (ids.shape[1] - 1) * len(parts)) as step:
         for part in parts:

@@ -86,10 +86,7 @@ def compare(
     caches = _caches(methods, source.config)
     skeleton = source.skeleton()
     plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
-    if out is not None:
-        _check_report_folder(Path(out), source.path)
-    if keep is not None:
-        _check_kept(Path(keep), plans, source, resume=resume)
+    _check_folders(out, keep, plans, source, resume=resume)
     tokenizer = loading.tokenizer(source)
     tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=seq_len)
     calib, calib_from = tokens(calibration, "calibration", count=samples, shuffle=shuffle, seed=seed)
@@ -120,6 +117,11 @@ def compare(
             runs=tuple(runs),
         )
 
+    def add(run: Run) -> None:
+        runs.append(run)
+        if out is not None:  # what is done is not lost, whatever becomes of the runs to come
+            write_text(Path(out) / "report.json", record.to_json(so_far()))
+
     for label, plan in plans.items():
         if label in done:
             runs.append(done[label])
@@ -131,12 +133,11 @@ def compare(
         )
         if label in losses:
             result = replace(result, layers=tuple(_judged(layer, losses[label]) for layer in result.layers))
-        runs.append(_score(label, result, source, ids, reference, None if keep is None else Path(keep)))
+        add(_score(label, result, source, ids, reference, None if keep is None else Path(keep)))
         del result  # its codes would count as the next run's memory
-        if out is not None:  # what is done is not lost, whatever becomes of the runs to come
-            write_text(Path(out) / "report.json", record.to_json(so_far()))
     _restore(built, originals)
-    runs += [done.get(label) or _cache_run(label, fmt, built, ids, runs[0]) for label, fmt in caches.items()]
+    for label, fmt in caches.items():
+        add(done.get(label) or _cache_run(label, fmt, built, ids, runs[0]))
     found = so_far()
     if out is not None:
         report.write(found, Path(out))
@@ -248,8 +249,15 @@ def _done(
 def _told(plan: Plan) -> dict[str, Any]:
     """Return what a report says of a plan: the format and every option of its parts."""
     chosen = plan.recipe
-    inputs = {"inputs": str(chosen.inputs)} if chosen.inputs else {}
-    return {"format": str(chosen.weights.with_scale(plan.dtype)), **inputs, **_options(chosen)}
+    told: dict[str, Any] = {"format": str(chosen.weights.with_scale(plan.dtype))}
+    if chosen.inputs:
+        told["inputs"] = str(chosen.inputs)
+    if chosen.overrides:
+        told["overrides"] = {
+            pattern: "float" if other is None else {"method": other.name, **_told(replace(plan, recipe=other))}
+            for pattern, other in chosen.overrides
+        }
+    return told | _options(chosen)
 
 
 def _originals(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:
@@ -267,6 +275,15 @@ def _originals(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:
         for name, p in model.named_parameters()
         if name in layers or (rescaled and id(p) not in fixed)
     }
+
+
+def _check_folders(
+    out: str | Path | None, keep: str | Path | None, plans: Mapping[str, Plan], source: loading.Source, *, resume: bool
+) -> None:
+    if out is not None:
+        _check_report_folder(Path(out), source.path)
+    if keep is not None:
+        _check_kept(Path(keep), plans, source, resume=resume)
 
 
 def _check_report_folder(out: Path, model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
@@ -126,6 +127,10 @@ def load(
             rounding = _adjust(rounding, key.removeprefix("inputs."), value)
         else:
             _set(slots, key, value)
+    if rounding is not None and rounding.dynamic and not math.isfinite(rounding.threshold):
+        raise RecipeError(
+            222, "inputs.dynamic finds channels above a threshold, and there is none; set inputs.threshold=6."
+        )
     built = {
         kind: tuple(registry.create(kind, plug_in, options) for plug_in, options in slots[field])
         for kind, field in _PARTS.items()

@@ -19,7 +19,6 @@ from quantforge.numerics.problem import Problem, QWeight
 from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import Columns
 from quantforge.plan import LayerPlan, Plan
-from quantforge.protocols import Solver
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,15 @@ def solve(
 ) -> list[Layer]:
     """Solve one stage's layers, stacked along the rows where their format allows, and install the results.
 
-    An expert that saw few of all `total` tokens is rounded: what it saw says too little of what it will see.
+    An expert that saw few of all `total` tokens, and any layer that saw none, is rounded: what it saw says too little
+    of what it will see.
     """
     start = time.perf_counter()
     modules = dict(zip(stage.names, stage.modules, strict=True))
     fields: dict[str, Any] = {}
     seen = 0 if found is None else found.tokens
-    few = bool(plan.needs) and moe.starved(stage.names[0], seen, plan.layers[stage.names[0]].shape[1], total)
+    width = plan.layers[stage.names[0]].shape[1]
+    few = bool(plan.needs) and (not seen or moe.starved(stage.names[0], seen, width, total))
     if found is not None:
         fields = found.fields()
     elif plan.needs:  # no batch came here: zeros say that nothing is known, and the solver rounds
@@ -85,10 +86,7 @@ def solve(
         if few:
             blank = Problem(problem.name, stacked, group[0].format, range=trained, **_nothing(plan, stacked))
         rounds = _settled(group[0], problem, plan.dtype, few=few)
-        solved = _solve_spared(group[0].solver, blank, rounds, plan.dtype)
-        for correction in group[0].corrections:
-            solved = correction.correct(blank, solved)
-        solved = replace(solved, inputs=rounds)
+        solved = _compressed(group[0], blank, rounds, plan.dtype)
         approx = solved.dequantize()
         own = next(modules[group[0].name].parameters()).dtype
         # a sum of parts is rounded as loaders round it
@@ -120,7 +118,7 @@ def _nothing(plan: Plan, weight: Tensor) -> dict[str, Any]:
 def _settled(p: LayerPlan, problem: Problem, dtype: torch.dtype, *, few: bool) -> QInput | None:
     """Return how the layer will round its inputs, with what calibration was to find.
 
-    An expert that saw few tokens finds it anew in every input.
+    A layer that saw few tokens finds it anew in every input.
     """
     if p.inputs is None:
         return None
@@ -132,19 +130,34 @@ def _settled(p: LayerPlan, problem: Problem, dtype: torch.dtype, *, few: bool) -
     return settle(p.inputs, *problem.extremes, dtype)
 
 
-def _solve_spared(solver: Solver, problem: Problem, rounds: QInput | None, dtype: torch.dtype) -> QWeight:
-    """Solve `problem`; the columns whose inputs stay in float stay in float too, and widen no range."""
+def _compressed(p: LayerPlan, problem: Problem, rounds: QInput | None, dtype: torch.dtype) -> QWeight:
+    """Solve and correct `problem`; the columns whose inputs stay in float stay in float too."""
+    rest, kept = _spare(problem, rounds, dtype)
+    solved = p.solver.solve(rest)
+    for correction in p.corrections:
+        solved = correction.correct(rest, solved)
+    if kept is not None:  # last, so that nothing is added to what stays in float
+        notes = {**solved.notes, "float_columns": len(kept.index)}
+        solved = replace(solved, notes=notes, residuals=(*solved.residuals, kept))
+    return replace(solved, inputs=rounds)
+
+
+def _spare(problem: Problem, rounds: QInput | None, dtype: torch.dtype) -> tuple[Problem, Columns | None]:
+    """Return what is left to solve where some inputs stay in float, and their columns, which stay in float too.
+
+    Those columns, and what was seen of their inputs, are zeros to the solver: they widen no range.
+    """
     if rounds is None or rounds.spared is None or not len(rounds.spared):
-        return solver.solve(problem)
+        return problem, None
     index = rounds.spared.long()
-    kept = Columns(rounds.spared, problem.weight[:, index].to(dtype))
-    hessian = problem.hessian
+    hessian, magnitude = problem.hessian, problem.magnitude
     if hessian is not None:
         hessian = hessian.index_fill(0, index, 0.0).index_fill(1, index, 0.0)
-    rest = replace(problem, weight=problem.weight.index_fill(1, index, 0.0), hessian=hessian, drift=None)
-    solved = solver.solve(rest)
-    notes = {**solved.notes, "float_columns": len(index)}
-    return QWeight(solved.base, notes, (*solved.residuals, kept))
+    if magnitude is not None:
+        magnitude = magnitude.index_fill(0, index, 0.0)
+    weight = problem.weight.index_fill(1, index, 0.0)
+    rest = replace(problem, weight=weight, hessian=hessian, magnitude=magnitude, drift=None)
+    return rest, Columns(rounds.spared, problem.weight[:, index].to(dtype))
 
 
 def _part(solved: QWeight, rows: slice, names: list[str]) -> QWeight:

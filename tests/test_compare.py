@@ -280,6 +280,9 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(shared, tmp_path, mo
     assert {r.label: r for r in first.runs}.items() <= {r.label: r for r in second.runs}.items()
     quantforge.compare(TINY, methods=["rtn"], bits=(4,), settings=settings, resume=True, **few)
     assert quantized[2:] == ["rtn-int4-g64-asym"]  # its options are others
+    overrides = {"*.down_proj": {"bits": 8}}
+    quantforge.compare(TINY, methods=["rtn"], bits=(4,), settings=settings, overrides=overrides, resume=True, **few)
+    assert quantized[3:] == ["rtn-int4-g64-asym"]  # and so are those of some of its layers
     with pytest.raises(PlanError, match="other evaluation tokens"):
         quantforge.compare(TINY, methods=["rtn"], resume=True, **{**few, "windows": 3})
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import quantforge
-from quantforge import pipeline, recipe, report
+from quantforge import pipeline, recipe, report, solving
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
 from quantforge.cli import main
@@ -97,6 +97,29 @@ def test_features_above_the_threshold_keep_their_float_weights_and_inputs():
     assert not torch.equal(after[..., others], before[..., others])
 
 
+def test_nothing_is_added_to_features_that_stay_in_float():
+    model, before = tiny.make("llama"), tiny.make("llama")
+    settings = {"inputs.threshold": 1.0}
+    chosen = recipe.load("llm-int8+lorc", settings=settings)
+    rows = {row.name: row for row in pipeline.quantize(model, planning.make(model, chosen, torch.float32), IDS)}
+    spared = rows[LAYER].weight.inputs.spared.long()
+    assert len(spared)
+    ours, own = (arch.get_weight(m.get_submodule(LAYER)) for m in (model, before))
+    assert torch.equal(ours[:, spared], own[:, spared])
+    assert len(rows[LAYER].weight.residuals) == 2
+
+
+def test_a_layer_that_no_token_reaches_finds_its_range_in_every_input():
+    model = tiny.make("llama")
+    chosen = recipe.load("rtn", bits=8, group_size=-1, symmetric=True, inputs="int8-tensor-static")
+    plan = planning.make(model, chosen, torch.float32)
+    stage = next(s for s in arch.find_stages(model)[0] if LAYER in s.names)
+    (layer,) = solving.solve(stage, plan, None, lambda layer: None, total=100)
+    assert layer.weight.inputs.range is None
+    x = torch.full((1, 96), 0.01)
+    assert float(layer.weight.inputs.round(x).abs().max()) == pytest.approx(0.01, rel=0.01)
+
+
 def test_a_huge_threshold_is_plain_vector_wise_rounding():
     plain, _ = rounded("narrow8-token", "rtn")
     spared, _ = rounded("narrow8-token", "llm-int8", inputs__threshold=1e9)
@@ -138,6 +161,7 @@ def test_a_model_whose_norms_come_after_the_residual_is_refused():
         ("int8-token-static", {}, "static ranges are for inputs by tensor"),
         ("int8-token", {"inputs.threshold": -1.0}, "threshold must be above 0"),
         ("int8-token", {"inputs.treshold": 1.0}, "inputs have no option 'treshold': did you mean 'threshold'"),
+        ("int8-token", {"inputs.dynamic": True}, "set inputs.threshold=6"),
         (None, {"inputs.threshold": 1.0}, "there is no setting 'inputs.threshold'"),
     ],
 )

@@ -2,9 +2,9 @@
 
     python tools/damage.py [MODEL] TEXT.txt --out reports/damage.md
 
-walks the float model over the first 16 windows of 512 tokens, keeps 16 tokens of every fourth of them, and rounds these
-as each format would; the weights stay in float. A number is the share of the layers' output energy that is lost, the
-mean over layers of a kind, and the layer that loses most.
+walks the float model twice over the first 16 windows of 512 tokens, for the extremes of every input and then to round
+it as each format would, one window a call; the weights stay in float. A number is the share of a token's output energy
+that is lost, as a mean over tokens: over all layers of a kind, and in the layer that loses most.
 """
 
 import argparse
@@ -16,43 +16,47 @@ import torch
 from torch import Tensor
 
 from quantforge.calibrate import corpus
-from quantforge.calibrate.stats import Statistics
+from quantforge.calibrate.stats import Extremes
 from quantforge.models import arch, load
 from quantforge.models.walk import walk
 from quantforge.numerics.inputs import parse_inputs, settle
 
-SAMPLES, SEQ_LEN, BATCH = 16, 512, 4
+SAMPLES, SEQ_LEN = 16, 512
 FORMATS = ("int8-token", "int8-tensor", "int8-tensor-static", "e4m3-token", "e4m3-tensor", "int4-token", "int4-g64")
 Losses = dict[tuple[str, str], list[tuple[float, str]]]  # (kind, format): the loss of each layer, and its name
 
 
-def lost(weight: Tensor, x: Tensor, extremes: tuple[Tensor, Tensor], notation: str) -> float:
-    """Return Σ ((x̂ − x) Wᵀ)² / Σ (x Wᵀ)² for samples x [tokens, in]."""
-    rounded = settle(parse_inputs(notation), *extremes, torch.float32).round(x)
-    energy = float((x @ weight.T).double().square().sum())
-    return float(((rounded - x) @ weight.T).double().square().sum()) / energy if energy > 0 else 0.0
-
-
 def measure(model: torch.nn.Module, ids: Tensor) -> Losses:
-    """Return what each format loses in each layer of the float `model`."""
+    """Return what each format loses in each layer of the float `model` on ids [windows, tokens]."""
     stages = arch.find_stages(model)[0]
-    gathered: dict[int, Statistics] = {}
-
-    def observe(index: int, batch: int, x: Tensor) -> None:
-        if index not in gathered:
-            gathered[index] = Statistics(frozenset({"extremes", "samples"}), x.shape[-1], x.device)
-        gathered[index].add(batch, x)
-
     body = getattr(model, "base_model", model)
+    extremes: dict[int, Extremes] = {}
+    shares: dict[tuple[str, str], list[Tensor]] = {}  # (layer, format): of each token, window by window
+
+    def forward(batch: Tensor) -> object:
+        return body(input_ids=batch, use_cache=False)
+
+    def look(index: int, batch: int, x: Tensor) -> None:
+        extremes.setdefault(index, Extremes(x.shape[-1], x.device)).add(x)
+
+    def compare(index: int, batch: int, x: Tensor) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        weights = {n: arch.get_weight(m) for n, m in zip(stages[index].names, stages[index].modules, strict=True)}
+        energies = {name: (flat @ w.T).square().sum(1) for name, w in weights.items()}
+        for notation in FORMATS:
+            rounds = settle(parse_inputs(notation), extremes[index].low, extremes[index].high, torch.float32)
+            error = rounds.round(flat) - flat
+            for name, w in weights.items():
+                lost = (error @ w.T).square().sum(1)
+                shares.setdefault((name, notation), []).append((lost / energies[name])[energies[name] > 0])
+
+    for observe in (look, compare):
+        for _ in walk(forward, list(ids.split(1)), stages, observe):
+            pass
     found: Losses = {}
-    for index in walk(lambda batch: body(input_ids=batch, use_cache=False), torch.split(ids, BATCH), stages, observe):
-        if index not in gathered:
-            continue
-        fields = gathered.pop(index).fields()
-        for name, module in zip(stages[index].names, stages[index].modules, strict=True):
-            for notation in FORMATS:
-                loss = lost(arch.get_weight(module), fields["samples"], fields["extremes"], notation)
-                found.setdefault((name.rsplit(".", 1)[-1], notation), []).append((loss, name))
+    for (name, notation), parts in shares.items():
+        loss = float(torch.cat(parts).double().mean())
+        found.setdefault((name.rsplit(".", 1)[-1], notation), []).append((loss, name))
     return found
 
 
@@ -81,8 +85,9 @@ def main() -> None:
     source = load.find(o.model)
     ids = corpus.windows(corpus.load_text(o.text, "calibration"), load.tokenizer(source), SEQ_LEN, SAMPLES).ids
     text = (
-        f"# What rounding the inputs does\n\n{source.name}, weights in float. The share of a layer's output energy "
-        "that is lost by rounding its inputs: the mean over the layers of a kind; the most, and where.\n\n"
+        f"# What rounding the inputs does\n\n{source.name}, weights in float. The share of a token's output energy "
+        "that is lost by rounding a layer's inputs, as a mean over tokens: over the layers of a kind; the most, "
+        "and where.\n\n"
         f"{table(measure(load.model(source), ids))}\n\n"
         "Made by `python tools/damage.py [MODEL] TEXT.txt --out reports/damage.md`.\n"
     )

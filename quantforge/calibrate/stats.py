@@ -96,8 +96,9 @@ class Statistics:
     ) -> None:
         self.needs, self.held = needs, held
         self._seen = 0
-        # whatever else is wanted, losses are told by it; but what only looks for extremes is to be quick
-        self.hessian = None if needs == {"extremes"} else Hessian(width, device)
+        # whatever else is wanted, losses are told by it; but what only looks at inputs is to be quick
+        only_looks = bool(needs) and needs <= {"extremes", "samples"}
+        self.hessian = None if only_looks else Hessian(width, device)
         self.extremes = Extremes(width, device)
         self.samples: list[Tensor] = []
         self.magnitude = torch.zeros(width, dtype=torch.float64, device=device)

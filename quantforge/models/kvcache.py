@@ -1,8 +1,9 @@
 """A transformers cache that holds keys and values as codes, the first and the latest tokens in float.
 
-What is held depends on the tokens alone, not on how their stream was cut into calls: groups of tokens that share a
-scale begin behind the first tokens, and what has left the window is stored once, from the floats. Attention sees new
-tokens as they are held.
+What a layer holds depends on the keys and values given to it, not on how their stream was cut into calls: groups of
+tokens that share a scale begin behind the first tokens, and what has left the window is stored once, from the floats.
+Attention sees new tokens as they are held. In a prefill that is longer than the window, early tokens thus see as codes
+what they would see in float if decoded one at a time: of the whole model that is another result, the coarser one.
 """
 
 from __future__ import annotations

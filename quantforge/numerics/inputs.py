@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantforge.numerics.blocks import Flat, spread
-from quantforge.numerics.formats import Format, parse
+from quantforge.numerics.formats import E8M0, SCALE_DTYPES, Format, parse
 from quantforge.numerics.grids import IntGrid
 from quantforge.numerics.qtensor import QTensor, fit, from_values
 from quantforge.numerics.ranges import Range, from_limits, round_to
@@ -52,9 +52,17 @@ class Inputs:
         return ("extremes",) if self.static or spares else ()
 
     @property
+    def mixes_tokens(self) -> bool:
+        """Tell whether how one token is rounded depends on the others of its call."""
+        anew = self.dynamic and math.isfinite(self.threshold)
+        return anew or (self.format.block == (None, None) and not self.static)
+
+    @property
     def short(self) -> str:
         """Return it as `parse_inputs` reads it, without the threshold."""
         text = self.format.short.replace("-channel", "-token").removesuffix("-sym")
+        if self.format.scale not in (torch.float32, E8M0):
+            text += f"-{next(name for name, dtype in SCALE_DTYPES.items() if dtype == self.format.scale)}"
         return text + _STATIC * self.static
 
     def __str__(self) -> str:

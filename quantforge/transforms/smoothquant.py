@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quantforge.numerics.inputs import QInput, settle
+from quantforge.numerics.inputs import settle
 from quantforge.numerics.problem import Problem
 from quantforge.numerics.qtensor import fit, quantize
 from quantforge.registry import register
@@ -28,7 +28,7 @@ class SmoothQuant:
 
     alpha   between 0 and 1: 0.5 suits OPT and BLOOM, 0.8 to 0.9 Llama and Mistral
     search  choose α for each group of layers: the one with which the layers' outputs, inputs and weights rounded to
-            their formats, err least on sampled inputs; `alpha` then plays no part
+            their formats, err least on sampled inputs, layers that share an input as one; `alpha` then plays no part
     down    smooth the input of the last layer of the MLP too, where the layer before can take it
     """
 
@@ -70,8 +70,10 @@ class SmoothQuant:
         rounded = quantize(scaled, fit(scaled, problem.format), problem.format).dequantize(torch.float32)
         if problem.inputs is not None:
             low, high = problem.extremes
-            rounds = settle(problem.inputs, low / scales, high / scales, torch.float32)
-            x = QInput(problem.inputs, rounds.range, rounds.spared).round(x)
+            by_tensor = problem.inputs.format.block == (None, None)  # the samples lack what sets its range
+            inputs = replace(problem.inputs, static=by_tensor)
+            rounds = settle(inputs, low / scales, high / scales, torch.float32)
+            x = rounds.round(x)
         return float((problem.samples @ problem.weight.T - x @ rounded.T).double().square().sum())
 
 

@@ -70,7 +70,9 @@ class LKD:
         pairs = [pair for call, target in zip(inputs, targets, strict=True) for pair in self._cut(call, target)]
         modules = {name: block.get_submodule(name) for name in schemes}
         weights = {name: arch.get_weight(module).clone().requires_grad_() for name, module in modules.items()}
-        used = list(islice(cycle(pairs), self.steps))
+        most = max(self.windows // pairs[0][1].shape[0], 1) if pairs else 1  # a batch may have fewer than a step takes
+        groups = [pairs[i : i + most] for i in range(0, len(pairs), most)]
+        used = list(islice(cycle(groups), self.steps))
         judged = pairs[:: max(len(pairs) // 16, 1)]
         with _rounding_inputs(modules, schemes):
             best, least = {}, self._error(block, schemes, weights, judged)
@@ -78,13 +80,16 @@ class LKD:
             if not size > 0 or not self.steps:
                 return {}
             optimizer = torch.optim.AdamW(weights.values(), lr=self.rate, weight_decay=0.0, eps=1e-12)
-            for step, (call, target) in enumerate(used, 1):
-                with torch.enable_grad():
-                    loss = F.mse_loss(self._run(block, schemes, weights, call), target.float()) / size
-                    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-                for weight, gradient in zip(weights.values(), gradients, strict=True):
-                    weight.grad = gradient
+            for step, group in enumerate(used, 1):
+                for call, target in group:
+                    with torch.enable_grad():
+                        loss = F.mse_loss(self._run(block, schemes, weights, call), target.float()) / size / len(group)
+                        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                    for weight, gradient in zip(weights.values(), gradients, strict=True):
+                        if gradient is not None:
+                            weight.grad = gradient if weight.grad is None else weight.grad + gradient
                 optimizer.step()
+                optimizer.zero_grad()
                 if step % max(self.steps // 4, 1) == 0 or step == self.steps:
                     error = self._error(block, schemes, weights, judged)
                     if error < least:
@@ -94,7 +99,7 @@ class LKD:
         return {}
 
     def _cut(self, call: Call, target: Tensor) -> list[tuple[Call, Tensor]]:
-        """Cut a batch of windows into those of one step each."""
+        """Cut a batch of windows into those of one step each, or fewer where the batch has no more."""
         count = target.shape[0]
         starts = range(0, count, self.windows)
         return [(_sliced(call, count, s, s + self.windows), target[s : s + self.windows]) for s in starts]
@@ -115,8 +120,10 @@ class LKD:
         weights: dict[str, Tensor],
         pairs: Sequence[tuple[Call, Tensor]],
     ) -> float:
-        with torch.no_grad():
-            errors = (self._run(block, schemes, weights, call) - target for call, target in pairs)
+        with torch.no_grad():  # judged as the model will hold them
+            own = {name: next(block.get_submodule(name).parameters()).dtype for name in weights}
+            kept = {name: w.to(own[name]).float() for name, w in weights.items()}
+            errors = (self._run(block, schemes, kept, call) - target for call, target in pairs)
             return sum(float(e.double().square().sum()) for e in errors)
 
 

@@ -1,6 +1,7 @@
 """FP8 and FP4, scales that are powers of two or differ by shifts, and what MX and NV formats make of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,12 @@ def test_what_constraints_on_scales_cost_on_normal_numbers():
     assert error(x, "e2m1-g128") / energy == pytest.approx(0.01186, rel=0.01)
     assert error(x, "e2m1-g128-e8m0") / energy == pytest.approx(0.01561, rel=0.01)
     assert error(x, "e2m1-g128-e8m0", "mse") < error(x, "e2m1-g128-e8m0")
+    shifted = replace(NAMED["fp4-m2-g64"], block=(1, 128))
+    upwards, better = (
+        float((quantize(x, fit(x, shifted, rule), shifted).dequantize(torch.float32) - x).square().sum()) / energy
+        for rule in ("minmax", "mse")
+    )
+    assert better < min(upwards, 0.01369)
 
 
 def test_micro_formats_have_their_bits():
