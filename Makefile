@@ -24,7 +24,8 @@ check: $(VENV)/installed  ## linter, format, types, import directions: what pre-
 
 bench: $(VENV)/demo  ## speed and memory on the demo model, as JSON under reports/raw/
 	mkdir -p reports/raw
-	$(BIN)/python -m pytest -q -m bench tests/bench --benchmark-json=reports/raw/speed.json
+	$(BIN)/python -m pytest -q -m bench -k 'not beside' tests/bench --benchmark-json=reports/raw/speed.json
+	$(BIN)/python -m pytest -q -m bench -k beside tests/bench --benchmark-json=reports/raw/beside.json
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

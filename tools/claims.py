@@ -1,6 +1,6 @@
 """The claims of the methods, row by row, from a report of `quantforge compare`: passed, or the honest number.
 
-    python tools/claims.py reports/all-weights/report.json reports/raw/speed.json > reports/all-weights/claims.md
+    python tools/claims.py reports/all-weights/report.json reports/raw/beside.json > reports/all-weights/claims.md
 
 A claim on a method of the report, but on runs that it lacks, is named at the end. The claims on speed come from
 `make bench`, the second file, which may be left out.

@@ -96,7 +96,6 @@ def seconds_of(demo, method: str, options: dict[str, object]) -> float:
         ("awq", {"bits": 3}),
         ("spqr", {}),
         ("gptq+lorc", {"bits": 3}),
-        ("gptaq", {"bits": 3}),
         ("nf4", {}),
         ("hqq", {"bits": 3}),
         ("smoothquant", {}),

@@ -7,9 +7,7 @@ from quantforge import pipeline, recipe
 from quantforge import plan as planning
 from quantforge.errors import RecipeError
 from quantforge.models import activations, arch, tiny
-from quantforge.numerics.formats import parse
 from quantforge.numerics.inputs import QInput, parse_inputs
-from quantforge.numerics.qtensor import fit, quantize
 from quantforge.tuners import lkd
 
 IDS = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))
