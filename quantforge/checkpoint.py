@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from quantforge.numerics.problem import QWeight
 from quantforge.protocols import Exporter
 from quantforge.store import MARK
 
+# what a config that was changed by hand can make a reader raise
+_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, re.error)
+_FLOATS = (*load.DTYPES.values(), torch.float64)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in load.DTYPES.values()}
 
 
@@ -110,6 +114,48 @@ def _settings(folder: Path, trusted: bool) -> tuple[check.Folder, dict[str, Any]
     return found, quantization, settings
 
 
+def _layers(folder: Path, quantization: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, QWeight]:
+    """Return the quantized layers by name, taking their tensors out of `tensors`; weights that remain are floats."""
+    try:
+        layers = _exporter(quantization).read(quantization, tensors)
+    except _DAMAGE as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ModelError(357, f"{folder}: its layers cannot be read ({what}); the checkpoint is damaged.") from error
+    for key, tensor in tensors.items():
+        # transformers would cast codes to floats as if they were weights
+        if key.endswith(".weight") and tensor.dtype not in _FLOATS:
+            raise ModelError(
+                358, f"{folder}: {key} is {tensor.dtype}, but nothing says what its codes mean; it is incomplete."
+            )
+    return layers
+
+
+def _gate(folder: Path, model: nn.Module, layers: dict[str, QWeight]) -> None:
+    """Let the layers that round their inputs do so."""
+    modules = dict(model.named_modules())
+    for name, weight in layers.items():
+        if weight.inputs is None:
+            continue
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            raise ModelError(
+                359, f"{folder}: {name} is no linear layer of {type(model).__name__}, so its inputs cannot be rounded."
+            )
+        activations.gate(module, weight.inputs)
+
+
+def _check_finite(model: nn.Module, folder: Path, own: torch.dtype) -> None:
+    """Raise ModelError for numbers that are not finite; in float16, those of wider dtypes may be too large."""
+    try:
+        check.check_finite(model)
+    except ModelError as error:
+        dtype = next(model.parameters()).dtype
+        if dtype != torch.float16 or own == dtype:
+            raise
+        what = error.args[0].rpartition(";")[0]  # without the advice to repair it
+        raise ModelError(345, f"{folder} does not fit into {dtype} ({what}); {own} may work.") from error
+
+
 def _correct(folder: Path, layers: dict[str, QWeight]) -> None:
     """Put the factors of the checkpoint's adapter, if it has one, on the layers they belong to."""
     if not (folder / peft.FOLDER).is_dir():
@@ -125,12 +171,12 @@ def read(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: b
     """Return the model of a quantized checkpoint, its weights dequantized in `dtype` (default: the checkpoint's).
 
     The same numbers as stock transformers computes from the folder, in the same dtype. Raises ModelError for a damaged
-    or foreign checkpoint.
+    or foreign checkpoint, and for one whose numbers `dtype` cannot hold.
     """
     found, quantization, settings = _settings(folder, trust_remote_code)
     config = found.config
     tensors = moe.as_in_model(config.get("model_type"), load.read_tensors(found))
-    layers = _exporter(quantization).read(quantization, tensors)
+    layers = _layers(folder, quantization, tensors)
     _correct(folder, layers)
     # scales in float32 may outweigh the floats of the model, so the config knows better than the tensors
     own = _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), load.DTYPES[found.dtype])
@@ -153,9 +199,8 @@ def read(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: b
         raise ModelError(
             354, f"{folder} does not hold the model of its config.json: {len(wrong)} tensors do not fit ({wrong[0]})."
         )
+    _check_finite(model, folder, own)
     moe.unfuse(model)
-    for name, weight in layers.items():
-        if weight.inputs is not None:
-            activations.gate(model.get_submodule(name), weight.inputs)
+    _gate(folder, model, layers)
     result: nn.Module = model.eval()
     return result

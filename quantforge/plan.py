@@ -69,6 +69,8 @@ class Plan:
     dtype   the checkpoint's dtype, in which scales are stored
     notes   what the user should know
     floats  names of the layers of the decoder blocks that stay in float
+    fused   names of the modules of fused experts, which hold no layers and stay in float
+    known   False if the architecture is not in the table: nobody has looked at how its layers are called
     """
 
     recipe: Recipe
@@ -78,6 +80,8 @@ class Plan:
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
+    known: bool = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -174,7 +178,17 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     kept = sum(p.numel() for p in rest)
     notes = (note,) if note else ()
     floats = tuple(name for stage in found for name in stage.names if name not in layers)
-    return Plan(recipe, tuple(s.names for s in stages), layers, (kept, kept * dtype.itemsize), dtype, notes, floats)
+    return Plan(
+        recipe,
+        tuple(s.names for s in stages),
+        layers,
+        (kept, kept * dtype.itemsize),
+        dtype,
+        notes,
+        floats,
+        tuple(arch.fused_experts(model)),
+        known=arch.knows(model),
+    )
 
 
 def check_export(plan: Plan, exporter: Exporter) -> None:

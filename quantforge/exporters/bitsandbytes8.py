@@ -44,6 +44,8 @@ class Bitsandbytes8:
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be held exactly, and what could; None if it can."""
         asked = {p.inputs for p in plan.layers.values()}
+        if plan.recipe.tuners:
+            return "bitsandbytes' 8 bits hold the largest weight of a row as its scale, no trained one; native can."
         for p in plan.layers.values():
             plain = p.inputs is not None and replace(p.inputs, threshold=math.inf, dynamic=False) == _INPUTS
             if p.format != _FORMAT or not plain or p.solver.extends_format or p.corrections or p.transposed:
@@ -52,6 +54,10 @@ class Bitsandbytes8:
                 return (
                     f"bitsandbytes finds outlier features anew, and those of {p.name} are fixed; native can hold them."
                 )
+            # of another scale, 127 times and a 127th does not always come back
+            found = getattr(p.solver, "range", "minmax")
+            if found != "minmax":
+                return f"bitsandbytes' 8 bits hold no scales found by {found}, as those of {p.name}; minmax works."
             if moe.expert_of(p.name) or len(asked) > 1:
                 return f"bitsandbytes' 8 bits hold nn.Linear with one threshold a model, not {p.name}; native can."
         return None
@@ -89,11 +95,13 @@ class Bitsandbytes8:
         for key in [key for key in tensors if key.endswith(".SCB")]:
             name = key.removesuffix(".SCB")
             codes, largest = tensors.pop(f"{name}.weight", None), tensors.pop(key)
-            tensors.pop(f"{name}.weight_format", None)
+            order = tensors.pop(f"{name}.weight_format", torch.zeros(()))  # the library takes none for row after row
             if codes is None or codes.dtype != torch.int8 or codes.dim() != 2 or largest.shape != codes.shape[:1]:
                 raise ModelError(386, f"{name} lacks its int8 weight, or a number a row in SCB; it is incomplete.")
+            if order.numel() != 1 or order.item() != 0:
+                raise ModelError(394, f"{name}.weight_format is {order.tolist()}; quantforge reads 0, row after row.")
             sound = largest.dtype == torch.float32 and bool((largest.isfinite() & (largest >= 0)).all())
-            if not sound or int(codes.min()) < -127:
+            if not sound or not codes.numel() or int(codes.min()) < -127:
                 raise ModelError(389, f"{name}: SCB or codes are out of range; the checkpoint is damaged.")
             scale = torch.where(largest > 0, largest.double() / 127, 1.0).float()[:, None]
             base = QTensor(_FORMAT, _FORMAT.grid.encode(codes.float()), scale)

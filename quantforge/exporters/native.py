@@ -150,13 +150,19 @@ def _inputs(rounds: QInput) -> dict[str, Any]:
 
 
 def _read_inputs(name: str, about: Mapping[str, Any], width: int, tensors: dict[str, Tensor]) -> QInput:
-    threshold = math.inf if about["threshold"] is None else float(about["threshold"])
-    inputs = Inputs(formats.from_json(about["format"]), bool(about["static"]), threshold, bool(about["dynamic"]))
+    asked, static, dynamic = about["threshold"], about["static"], about["dynamic"]
+    if type(static) is not bool or type(dynamic) is not bool or type(asked) not in (int, float, type(None)):
+        raise ValueError(f"its inputs are {static!r}, {asked!r}, {dynamic!r}, which are no truth values and a number")
+    threshold = math.inf if asked is None else float(asked)
+    inputs = Inputs(formats.from_json(about["format"]), static, threshold, dynamic)
     found, spared = None, None
     if inputs.static:
         found = Range(tensors.pop(f"{name}.input.scale"), tensors.pop(f"{name}.input.zero"))
         if not all(x.shape == (1, 1) and _usable(x) for x in (found.scale, found.zero)) or not found.scale > 0:
             raise ValueError(f"{name}.input.scale is no positive number")
+        zero, grid = float(found.zero), inputs.format.grid
+        if zero != (0 if inputs.format.symmetric else round(zero)) or not grid.low <= zero <= grid.high:
+            raise ValueError(f"{name}.input.zero is {zero:g}, no zero point of {inputs.format}")
     if math.isfinite(threshold) and not inputs.dynamic:
         spared = tensors.pop(f"{name}.input.spared")
         if spared.dim() != 1 or not _inside(spared, width):

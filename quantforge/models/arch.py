@@ -62,6 +62,11 @@ TABLE = {
 }
 
 
+def knows(model: nn.Module) -> bool:
+    """Tell whether the architecture of `model` has a row in the table."""
+    return getattr(model.config, "model_type", "") in TABLE
+
+
 def find_stages(model: nn.Module) -> tuple[list[Stage], str]:
     """Return the stages of every block of `model`, in the order of its forward, and a note ("" when there is none).
 
@@ -86,7 +91,7 @@ def find_stages(model: nn.Module) -> tuple[list[Stage], str]:
         what = kind or type(model).__name__
         raise ModelError(330, f"{what} has no linear layers in {path}, so there is nothing to quantize.")
     note = f"architecture {kind!r} is not in the table: the linear layers of {path} are taken one by one"
-    return [Stage((n,), (found[n],)) for n in _in_order(model, found)], note + _left_in_float(model, path)
+    return [Stage((n,), (found[n],)) for n in _in_order(model, found)], note + _left_in_float(model)
 
 
 def _in_order(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
@@ -130,14 +135,26 @@ def _first_calls(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, in
     return places
 
 
-def _left_in_float(model: nn.Module, path: str) -> str:
-    """Return what the note has to say about fused experts, whose 3-D parameters are no linear layers."""
-    count, places = 0, dict[str, None]()
-    for name, module in model.get_submodule(path).named_modules():
+def fused_experts(model: nn.Module) -> dict[str, int]:
+    """Return how many parameters each module of fused experts has that `find_stages` leaves in float, by full name.
+
+    Their 3-D parameters are no linear layers; those of the table's architectures are taken apart, and none is left.
+    """
+    if knows(model):
+        return {}
+    path, found = _block_list(model), {}
+    for name, module in model.get_submodule(path).named_modules(prefix=path):
         fused = [p.numel() for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1]
         if fused and not isinstance(module, nn.Conv1d):
-            count += sum(fused)
-            places[name.split(".", 1)[-1]] = None
+            found[name] = sum(fused)
+    return found
+
+
+def _left_in_float(model: nn.Module) -> str:
+    """Return what the note has to say about fused experts."""
+    found = fused_experts(model)
+    places = dict.fromkeys(name.removeprefix(f"{_block_list(model)}.").split(".", 1)[-1] for name in found)
+    count = sum(found.values())
     return f"; {count:,} parameters of fused experts in {', '.join(places)} stay in float" if count else ""
 
 

@@ -31,15 +31,16 @@ def within_rows(shape: tuple[int, int], block: Block) -> tuple[int | None, int |
 
 
 def extents(shape: tuple[int, int], block: Block) -> tuple[int, int]:
-    """Return the block's rows and columns for a matrix of `shape`, with None resolved.
+    """Return the block's rows and columns for a matrix of `shape`, with None resolved, and none beyond the matrix.
 
     ValueError for flat blocks that run across the ends of rows.
     """
     found = within_rows(shape, block)
     if found is None:
         raise ValueError(f"{block} does not divide rows of {shape[1]}, so its blocks are no rectangles")
-    rows, cols = found
-    return rows or max(shape[0], 1), cols or max(shape[1], 1)
+    # a block may be said to be larger than any memory: padding up to it would take as much
+    high, wide = max(shape[0], 1), max(shape[1], 1)
+    return min(found[0] or high, high), min(found[1] or wide, wide)
 
 
 def counts(shape: tuple[int, int], block: Block) -> tuple[int, int]:
@@ -74,7 +75,8 @@ def spread(stat: Tensor, shape: tuple[int, int], block: Block) -> Tensor:
     """Repeat a value a block, `stat` [row blocks, column blocks], over the matrix → `shape`."""
     if within_rows(shape, block) is None:
         assert isinstance(block, Flat)
-        return stat.flatten().repeat_interleave(block.size)[: shape[0] * shape[1]].view(shape)
+        size = min(block.size, shape[0] * shape[1])
+        return stat.flatten().repeat_interleave(size)[: shape[0] * shape[1]].view(shape)
     rows, cols = extents(shape, block)
     if rows > 1:
         stat = stat.repeat_interleave(rows, 0)[: shape[0]]

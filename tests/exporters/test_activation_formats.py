@@ -14,7 +14,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantforge
 from quantforge import exporters, pipeline, recipe
@@ -464,6 +464,12 @@ def test_a_damaged_layer_is_named_in_a_line(weights, inputs, layout, part, wrong
         ("weights", {"type": "float"}, 374),
         ("weights", {"strategy": "tensor_group"}, 374),
         ("weights", {"strategy": "block", "block_structure": [64, 64]}, 374),
+        ("weights", {"scale_dtype": "torch.float8_e4m3fn"}, 374),
+        ("input_activations", {"scale_dtype": "torch.float8_e8m0fnu"}, 378),
+        ("input_activations", {"type": "float", "strategy": "block", "block_structure": [128, 128]}, 378),
+        ("input_activations", {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}, 378),
+        ("input_activations", {"strategy": "group", "group_size": 48}, 393),
+        ("input_activations", {"strategy": "group", "group_size": 10**12}, 393),
         ("input_activations", {"num_bits": 16}, 378),
         ("input_activations", {"strategy": "tensor_group", "group_size": 16, "dynamic": "local"}, 378),
         ("input_activations", {"strategy": "tensor_group", "group_size": 16}, 378),
@@ -497,3 +503,76 @@ def test_a_group_in_a_layout_that_is_not_read_is_refused():
         CompressedTensors().read(config, tensors)
     with pytest.raises(ModelError, match="mixed-precision"):
         CompressedTensors().read({**written(drawn("mxfp4", None, (8, 64), 0), "mixed-precision")[0]}, tensors)
+
+
+def test_keys_that_would_change_the_numbers_and_are_not_read_are_refused():
+    config, tensors = written(drawn("int8-channel-sym", "int8-token", (8, 64), 0), INT)
+    idle = {"kv_cache_scheme": None, "transform_config": {}, "sparsity_config": {"format": "dense"}}
+    group = config["config_groups"]["group_0"] | {"output_activations": None}
+    group["weights"] |= {"scale_dtype": None, "zp_dtype": None}
+    same_config = {**config, **idle, "config_groups": {"group_0": group}}
+    assert list(CompressedTensors().read(same_config, dict(tensors))) == ["a.b"]
+    rounded = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    for change in (
+        {"kv_cache_scheme": rounded},
+        {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"config_groups": {"group_0": {**group, "output_activations": rounded}}},
+    ):
+        with pytest.raises(ModelError, match="is not read") as caught:
+            CompressedTensors().read({**config, **change}, dict(tensors))
+        assert caught.value.number == 392
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2}
+
+
+def untabled(kind: str, weights: str, inputs: str | None, **more: int) -> tuple[nn.Module, planning.Plan]:
+    """Return a tiny model of an architecture that the table lacks, and the plan to round it in float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **SMALL, **HEADS, **more)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    chosen = replace(recipe.load("rtn"), weights=weights_in(weights), inputs=inputs_in(inputs))
+    return model, planning.make(model, chosen, FP32)
+
+
+def saved(model: nn.Module, plan: planning.Plan, folder) -> Result:
+    rows = pipeline.quantize(model, plan, tokens() if plan.needs else None)
+    result = Result(model, plan, tuple(rows), None, "untabled", {}, 0.0, None)
+    result.save(folder)
+    return result
+
+
+def test_float_experts_that_stock_loaders_would_lose_go_into_our_own_container(tmp_path):
+    model, plan = untabled("olmoe", "int4-g32-sym", None, **MIXTURE)
+    assert plan.fused == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    with pytest.raises(PlanError, match=r"lose the float experts of model\.layers\.0\.mlp\.experts \(with 1 more\)"):
+        planning.check_export(plan, CompressedTensors())
+    result = saved(model, plan, tmp_path / "out")
+    assert config_in(tmp_path / "out")["quant_method"] == "quantforge"
+    assert torch.equal(logits(quantforge.load(tmp_path / "out")), logits(result.model))
+
+
+@pytest.mark.parametrize("inputs", [None, "e4m3-tensor-static"])
+def test_float_experts_beside_e4m3_are_what_stock_transformers_reads(tmp_path, inputs):
+    model, plan = untabled("olmoe", "e4m3-channel", inputs, **MIXTURE)
+    result = saved(model, plan, tmp_path / "out")
+    assert config_in(tmp_path / "out")["format"] == FLOAT
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=FP32)
+    assert torch.equal(logits(stock), logits(result.model))
+
+
+def test_inputs_by_token_are_written_only_for_architectures_whose_layers_get_no_lists_of_tokens(tmp_path):
+    model, plan = untabled("stablelm", "int8-channel-sym", "int8-token")
+    assert not plan.known
+    with pytest.raises(PlanError, match="gets a list of tokens, as it may in an architecture that the table lacks"):
+        planning.check_export(plan, CompressedTensors())
+    assert isinstance(exporters.choose(plan), Native)
+    model, plan = untabled("stablelm", "int8-channel-sym", "int8-tensor")
+    result = saved(model, plan, tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=FP32)
+    assert config_in(tmp_path / "out")["format"] == INT
+    assert torch.equal(logits(stock), logits(result.model))

@@ -14,6 +14,7 @@ from quantforge.errors import ModelError
 from quantforge.exporters.native import Native
 from quantforge.numerics.formats import NAMED, Format, parse
 from quantforge.numerics.grids import CUSTOM, Grid
+from quantforge.numerics.inputs import parse_inputs, settle
 from quantforge.numerics.problem import QWeight
 from quantforge.numerics.qtensor import encode
 from quantforge.numerics.residuals import Columns, LowRank, sparse
@@ -268,3 +269,37 @@ def test_columns_of_single_weights_take_16_bits_in_the_file_as_they_are_counted(
     stored = {k: v.numel() * v.dtype.itemsize * 8 for k, v in tensors.items() if "residual" in k}
     assert tensors["m.residual.0.columns"].dtype == torch.uint16
     assert sum(stored.values()) == weight.residuals[0].nbits
+
+
+def rounded(inputs):
+    """Return config and tensors of a layer with calibrated inputs."""
+    low, high = torch.linspace(-1, 0, 64), torch.linspace(0, 3, 64)
+    rounds = settle(parse_inputs(inputs), low, high, torch.float32)
+    return written({"bad": QWeight(drawn((4, 64), "int8-channel-sym").base, {}, (), rounds)})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("static", "dynamic") for value in (1, 0, "false", None, [])),
+        *(("threshold", value) for value in ("6", True, [6])),
+    ],
+)
+def test_inputs_described_in_words_of_another_kind_are_refused(key, value):
+    config, tensors = rounded("int8-tensor-static")
+    Native().read(config, dict(tensors))
+    config["layers"]["bad"]["inputs"][key] = value
+    with pytest.raises(ModelError, match=r"bad cannot be read .*no truth values and a number"):
+        Native().read(config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "zero"),
+    [("int8-tensor-static", 1), *(("int8-tensor-asym-static", zero) for zero in (0.5, 128, -129, 1e30))],
+)
+def test_zero_points_of_inputs_that_the_grid_lacks_are_refused(inputs, zero):
+    config, tensors = rounded(inputs)
+    Native().read(config, dict(tensors))
+    tensors["bad.input.zero"] = torch.full((1, 1), float(zero))
+    with pytest.raises(ModelError, match=r"bad\.input\.zero is"):
+        Native().read(config, tensors)

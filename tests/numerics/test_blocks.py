@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantforge.numerics.blocks import counts, extents, spread, tiles
+from quantforge.numerics.blocks import Flat, counts, extents, spread, tiles
 
 BLOCKS = st.tuples(st.none() | st.integers(1, 5), st.none() | st.integers(1, 7))
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 20))
@@ -49,3 +49,13 @@ def test_spread_gives_every_element_the_value_of_its_own_block(shape, block):
 )
 def test_none_means_the_whole_axis(block, expected):
     assert extents((6, 100), block) == expected
+
+
+@pytest.mark.parametrize("block", [(1, 10**12), (10**12, 10**12), (10**12, None), Flat(10**12)])
+def test_a_block_larger_than_the_matrix_takes_no_more_memory_than_the_matrix(block):
+    x = torch.arange(12.0).reshape(3, 4)
+    down, across = counts((3, 4), block)
+    assert tiles(x, block).numel() == tiles(x, block, fill=0.0).numel() == 12
+    assert torch.equal(tiles(x, block).flatten(), x.flatten())
+    stat = torch.arange(float(down * across)).reshape(down, across)
+    assert torch.equal(spread(stat, (3, 4), block).expand(3, 4), stat.expand(3, 4))

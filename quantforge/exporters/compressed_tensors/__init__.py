@@ -16,9 +16,10 @@ Inputs are rounded by token, by tensor or by group of channels, or by a calibrat
 rounds them in the dtype that it computes in: in float32 to the same numbers as ours; in bfloat16 x / s itself has 8
 bits, and what lies near the middle of two codes may get the other one.
 
-Not held, because stock transformers would compute something else: rounded inputs of experts; of OPT's `fc1` and `fc2`
-by token, which get one long list of tokens, for which it finds a single scale; and beside a low-rank correction, whose
-own inputs it would not round.
+Not held, because stock transformers would compute something else: rounded inputs of experts; inputs by token of layers
+that get one long list of tokens, for which it finds a single scale, as OPT's `fc1` and `fc2` do, and as those of an
+architecture that the table lacks may; rounded inputs beside a low-rank correction, whose own it would not round; and
+fused experts in float, which it loses as it reads, unless all else is float-quantized.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class CompressedTensors:
 
     def takes(self, plan: Plan) -> bool:
         """Tell whether `plan` has only formats of this container; low-rank factors go beside it."""
-        return all(_why_not(p) is None for p in plan.layers.values())
+        return _refuses_fused(plan) is None and all(_why_not(p, plan) is None for p in plan.layers.values())
 
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be held exactly, and what could; None if it can."""
@@ -64,8 +65,7 @@ class CompressedTensors:
                 f"compressed-tensors holds nn.Linear only, and {transposed[0]} (with {len(transposed) - 1} more) is a "
                 "Conv1D; quantize in memory from Python, or use `quantforge compare`, which needs no checkpoint."
             )
-        for p in plan.layers.values():
-            reason = _why_not(p)
+        for reason in (_refuses_fused(plan), *(_why_not(p, plan) for p in plan.layers.values())):
             if reason:
                 return reason
         packs = [p for p in plan.layers.values() if layout(p.format, p.inputs) == PACK]
@@ -121,7 +121,8 @@ class CompressedTensors:
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, QWeight]:
         """Return the quantized layers by name, taking their tensors out of `tensors`, all those of a checkpoint.
 
-        Raises ModelError for another format, and for tensors that are missing or do not fit together.
+        Raises ModelError for another format, for what would change the numbers and is not read, and for tensors that
+        are missing or do not fit together.
         """
         method, kind = config.get("quant_method"), config.get("format")
         if method != "compressed-tensors" or kind not in (*_LAYOUTS, _MIXED):
@@ -129,6 +130,7 @@ class CompressedTensors:
                 370,
                 f"the checkpoint is in {method} / {kind}; quantforge reads compressed-tensors / {', '.join(_LAYOUTS)}.",
             )
+        _refuse_unread(config)
         groups = _read_groups(config.get("config_groups"), str(kind))
         layers = {}
         for key in list(tensors):
@@ -140,7 +142,11 @@ class CompressedTensors:
                 module = _LAYOUTS[group.layout]
                 parts = {p: tensors.pop(f"{name}.{p}", None) for p in module.PARTS}
                 rounds = schemes.read_input_tensors(name, group.inputs, tensors)
-                layers[name] = QWeight(module.read(name, group.format, parts), {}, inputs=rounds)
+                weight = module.read(name, group.format, parts)
+                size = _columns(group.inputs.format) if group.inputs else None
+                if weight.shape[1] % (size or 1):
+                    raise ModelError(393, f"groups of {size} do not divide the {weight.shape[1]} inputs of {name}.")
+                layers[name] = QWeight(weight, {}, inputs=rounds)
         return layers
 
 
@@ -149,8 +155,8 @@ def _columns(fmt: Format) -> int | None:
     return fmt.block[1]
 
 
-def _why_not(p: LayerPlan) -> str | None:
-    """Return why no layout holds a layer exactly, and what could; None if one does, were its groups even."""
+def _why_not(p: LayerPlan, plan: Plan) -> str | None:
+    """Return why no layout holds a layer of `plan` exactly, and what could; None if one does, were its groups even."""
     kind = layout(p.format, p.inputs)
     if kind is None:
         inputs = f" with inputs in {p.inputs}" if p.inputs else ""
@@ -163,7 +169,7 @@ def _why_not(p: LayerPlan) -> str | None:
         return f"compressed-tensors is not written with {kind} experts such as {p.name}; int4-g32-sym works."
     if kind != PACK and not _fits(p, kind):
         return f"stock loaders misread {p.format} of {p.name}, which is {p.shape[0]} x {p.shape[1]}; by channel works."
-    return _refuses_inputs(p) if p.inputs else None
+    return _refuses_inputs(p, known=plan.known) if p.inputs else None
 
 
 def _fits(p: LayerPlan, kind: str) -> bool:
@@ -172,8 +178,11 @@ def _fits(p: LayerPlan, kind: str) -> bool:
     return p.shape[1] % (_columns(p.format) or 1) == 0
 
 
-def _refuses_inputs(p: LayerPlan) -> str | None:
-    """Return why stock loaders would not round the inputs of a layer as it does."""
+def _refuses_inputs(p: LayerPlan, *, known: bool) -> str | None:
+    """Return why stock loaders would not round the inputs of a layer as it does.
+
+    known  that layers but OPT's get their inputs as [batch, tokens, in]
+    """
     assert p.inputs is not None
     block = p.inputs.format.block
     assert not isinstance(block, Flat)
@@ -183,6 +192,11 @@ def _refuses_inputs(p: LayerPlan) -> str | None:
         return f"stock loaders do not round the inputs of experts such as {p.name}; leave them in float."
     if block == (1, None) and _FLATTENED.fullmatch(p.name):
         return f"stock loaders round the inputs of {p.name} by tensor where they should by token; int8-tensor works."
+    if block == (1, None) and not known:
+        return (
+            f"stock loaders round inputs by tensor where {p.name} gets a list of tokens, as it may in an architecture "
+            "that the table lacks; int8-tensor works, and native can hold them by token."
+        )
     if p.shape[1] % (block[1] or 1):
         return f"groups of {block[1]} do not divide the {p.shape[1]} inputs of {p.name}; by token works."
     return None
@@ -192,6 +206,20 @@ def _targets(names: list[str]) -> list[str]:
     """Name each layer, and all experts by a pattern: that is how stock loaders know their format from the others'."""
     plain = [name for name in names if not moe.expert_of(name)]
     return [*plain, _ALL_EXPERTS] if len(plain) < len(names) else plain
+
+
+def _refuses_fused(plan: Plan) -> str | None:
+    """Return why stock loaders, which look for packed experts alone, would lose the fused experts in float of `plan`.
+
+    Beside E4M3 they take experts as they are.
+    """
+    kinds = {layout(p.format, p.inputs) for p in plan.layers.values()}
+    if not plan.fused or kinds == {FLOAT}:
+        return None
+    return (
+        f"stock loaders lose the float experts of {plan.fused[0]} (with {len(plan.fused) - 1} more) beside "
+        "quantized layers; e4m3-channel works, and native can hold them."
+    )
 
 
 def _refuses_experts(plan: Plan) -> str | None:
@@ -227,6 +255,15 @@ class _Group:
     inputs: Inputs | None
 
 
+def _refuse_unread(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for what would change the numbers of the model and is not read."""
+    for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+        value = config.get(key)
+        dense = key == "sparsity_config" and isinstance(value, Mapping) and value.get("format") == "dense"
+        if value and not dense:
+            raise ModelError(392, f"the checkpoint has a {key}, which is not read; one without it works.")
+
+
 def _is_target(name: str, targets: list[str]) -> bool:
     return any(t == "Linear" or t == name or (t.startswith("re:") and re.match(t[3:], name)) for t in targets)
 
@@ -243,6 +280,8 @@ def _read_groups(groups: object, kind: str) -> list[_Group]:
         own = group.get("format") or kind
         if own not in _LAYOUTS:
             raise ModelError(370, f"a config group is in {own}; quantforge reads {', '.join(_LAYOUTS)}.")
+        if group.get("output_activations") is not None:
+            raise ModelError(392, "a config group rounds outputs (output_activations), which is not read; inputs are.")
         fmt = schemes.read_weights(own, group.get("weights"))
         found.append(_Group(targets, own, fmt, schemes.read_inputs(group.get("input_activations"))))
     return sorted(found, key=lambda group: "Linear" in group.targets)  # names before what stands for all

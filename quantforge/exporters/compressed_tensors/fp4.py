@@ -6,7 +6,8 @@
     NAME.weight_global_scale  NVFP4: float32 [1], the reciprocal of what all scales are multiplied by
 
 Every layer has a global scale of its own. vLLM puts q, k and v, and gate and up, together as it reads and then takes
-one of their global scales for all of them, so it wants them to be the same, which they are here by chance only.
+the largest of what stands in the file for all of them: where they differ, it computes with other weights than these.
+They are the same by chance only.
 
 The reciprocal of a float32 number does not always come back: one in six is off by its last bit. Powers of two do, and
 with one as its global scale an NVFP4 weight is the same number in every loader, in bfloat16 too; others are read, but

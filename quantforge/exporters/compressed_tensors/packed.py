@@ -44,7 +44,7 @@ def tensors(q: QTensor) -> dict[str, Tensor]:
 def read(name: str, fmt: Format, parts: Mapping[str, Tensor | None]) -> QTensor:
     """Return the weight of the layer `name`; its scales' dtype is that of the tensor.
 
-    Raises ModelError for parts that are missing or do not fit together.
+    Raises ModelError for parts that are missing or do not fit together, and for scales that are not above 0.
     """
     bits, symmetric = fmt.grid.bits, fmt.symmetric
     missing = [p for p in PARTS[: 3 if symmetric else 4] if parts[p] is None]
@@ -67,6 +67,9 @@ def read(name: str, fmt: Format, parts: Mapping[str, Tensor | None]) -> QTensor:
         fits = fits and zero_packed.dtype == torch.int32
     if found != wanted or not fits:
         raise ModelError(373, f"{name}: {found} do not fit a weight of {shape} in {fmt}, which has {wanted}.")
+    values = scale.float()
+    if not ((values > 0) & values.isfinite()).all():
+        raise ModelError(373, f"{name}.weight_scale holds scales that are not above 0 or no numbers; it is damaged.")
     half = 1 << (bits - 1)
     signed = unpack_from_int32(packed, bits, torch.Size(shape))
     zero = None

@@ -1,9 +1,15 @@
-"""What a config group says of weights and inputs, to and from formats."""
+"""What a config group says of weights and inputs, to and from formats.
+
+What is written is what stock transformers reads. vLLM takes E4M3 weights with inputs in E4M3 by a static scale, by
+token where the weights have a scale a row or one in all, and by groups of 128 beside blocks of 128 x 128; inputs whose
+scale is found anew by tensor, or by other groups, it would compute otherwise.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -102,9 +108,10 @@ def read_inputs(args: object) -> Inputs | None:
     if args is None:
         return None
     fmt, dynamic = _format(args), isinstance(args, Mapping) and args.get("dynamic", False)
-    known = type(dynamic) is bool and fmt is not None and (dynamic or fmt.block == (None, None))
-    if known and fmt is not None and _holds(Inputs(fmt)):
-        return Inputs(fmt, static=not dynamic)
+    with suppress(ValueError):  # blocks of rows, quantized scales and static tokens are no inputs
+        found = Inputs(fmt, static=not dynamic) if fmt is not None and type(dynamic) is bool else None
+        if found is not None and _holds(found):
+            return found
     raise ModelError(378, f"inputs rounded as {args} cannot be read; int8 or E4M3 by token or by tensor can.")
 
 
@@ -130,7 +137,8 @@ def _format(args: object) -> Format | None:
     if kind == "float" and bits == 4 and symmetric:
         nested = strategy == "tensor_group"
         return next((f for f in _FP4.values() if f.block == block and isinstance(f.scale, Format) == nested), None)
-    if strategy == "tensor_group":
+    # scales that are found anew are in float32 here, and stored ones in the dtype of their tensor
+    if strategy == "tensor_group" or args.get("scale_dtype") is not None:
         return None
     if kind == "float" and bits == 8 and symmetric:
         return Format(_E4M3, block, True)
