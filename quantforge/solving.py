@@ -177,7 +177,7 @@ def _stacks(layers: list[LayerPlan]) -> list[list[LayerPlan]]:
     """
     stacks: list[list[LayerPlan]] = []
     for p in layers:
-        unit = p.format.row_unit
+        unit = p.format.cut_unit
         last = stacks[-1][-1] if stacks else p
         alone = p.corrections or last.corrections or not p.solver.by_row
         alike = (p.format, p.solver, p.inputs) == (last.format, last.solver, last.inputs)

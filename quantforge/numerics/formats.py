@@ -66,6 +66,12 @@ class Format:
                 unit = math.lcm(unit, self.block[0] * inner)
         return unit
 
+    @property
+    def cut_unit(self) -> int | None:
+        """Return how many rows can be cut from the others if a scale of all scales goes along; None if no rows can."""
+        nested = isinstance(self.scale, Format) and self.scale.block == (None, None)
+        return replace(self, scale=torch.float32).row_unit if nested else self.row_unit
+
     def nbits(self, shape: tuple[int, int]) -> int:
         """Count the bits of a matrix of `shape`: codes, scales and zero points; a container may pad them."""
         blocks = counts(shape, self.block)

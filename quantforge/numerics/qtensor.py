@@ -59,7 +59,7 @@ class QTensor:
 
     def rows(self, start: int, stop: int) -> QTensor:
         """Return rows `start` to `stop`, which must not cut through what the format stores together."""
-        unit = self.format.row_unit
+        unit = self.format.cut_unit
         if unit is None or start % unit or (stop % unit and stop != self.shape[0]):
             raise ValueError(f"{self.format} shares scales between rows, which cannot be cut apart")
         block = self.format.block
@@ -83,7 +83,11 @@ def _dense(x: Tensor | QTensor) -> Tensor:
 
 
 def _rows(x: Tensor | QTensor, start: int, stop: int) -> Tensor | QTensor:
-    return x.rows(start, stop) if isinstance(x, QTensor) else x[start:stop]
+    if not isinstance(x, QTensor):
+        return x[start:stop]
+    if x.format.block == (None, None):
+        return replace(x, codes=x.codes[start:stop])
+    return x.rows(start, stop)
 
 
 def fit(w: Tensor, fmt: Format, name: str = "minmax", importance: Tensor | None = None) -> Range:

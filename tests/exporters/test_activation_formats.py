@@ -576,3 +576,18 @@ def test_inputs_by_token_are_written_only_for_architectures_whose_layers_get_no_
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=FP32)
     assert config_in(tmp_path / "out")["format"] == INT
     assert torch.equal(logits(stock), logits(result.model))
+
+
+def test_layers_that_loaders_fuse_share_the_global_scale_of_nvfp4():
+    model = tiny.make("llama")
+    block = model.model.layers[1]
+    for module in (block.self_attn.k_proj, block.mlp.gate_proj):
+        module.weight.data *= 1000.0  # alone, each would have another global scale than its partners
+    chosen = replace(recipe.load("rtn"), weights=parse("nvfp4"))
+    rows = {r.name: r.weight for r in pipeline.quantize(model, planning.make(model, chosen, BF16))}
+    for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        found = [w.base for name, w in rows.items() if ".layers.1." in name and name.endswith(parts)]
+        assert len(found) == len(parts)
+        assert len({float(q.scale.scale) for q in found}) == 1
+    alone = rows["model.layers.1.mlp.down_proj"].base
+    assert float(alone.scale.scale) != float(found[0].scale.scale)

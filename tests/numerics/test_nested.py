@@ -208,6 +208,13 @@ def test_rows_of_a_bilevel_matrix_are_cut_where_its_scales_end():
             q.rows(start, stop)
 
 
+def test_rows_take_the_one_scale_of_all_scales_along():
+    q = encode(matrix((5, 48)), NAMED["nvfp4"])
+    assert (q.format.row_unit, q.format.cut_unit) == (None, 1)
+    for start, stop in ((0, 1), (1, 5), (0, 5)):
+        assert torch.equal(q.rows(start, stop).dequantize(), q.dequantize()[start:stop])
+
+
 def test_rows_stand_alone_only_where_all_parts_of_the_format_agree():
     inner = Format(int_grid(3), (4, 1), True)
     other = Format(int_grid(3), (6, 1), True)

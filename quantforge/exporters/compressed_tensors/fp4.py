@@ -5,9 +5,9 @@
                               NVFP4: float8_e4m3fn [out, in / 16]
     NAME.weight_global_scale  NVFP4: float32 [1], the reciprocal of what all scales are multiplied by
 
-Every layer has a global scale of its own. vLLM puts q, k and v, and gate and up, together as it reads and then takes
-the largest of what stands in the file for all of them: where they differ, it computes with other weights than these.
-They are the same by chance only.
+Layers that read one input are solved together and have one global scale: vLLM puts q, k and v, and gate and up,
+together as it reads, and takes the largest of what stands in the file for all of them. Where an override or a
+correction parts them, they may differ, and vLLM would compute with other weights than these.
 
 The reciprocal of a float32 number does not always come back: one in six is off by its last bit. Powers of two do, and
 with one as its global scale an NVFP4 weight is the same number in every loader, in bfloat16 too; others are read, but
