@@ -139,15 +139,19 @@ def run(
     source: str,
     calibration: dict[str, Any],
     memory_before: int | None = None,
+    collect: frozenset[str] = frozenset(),
 ) -> Result:
     """Quantize a loaded model by a plan, with progress on stderr, and measure time and memory.
 
+    collect        statistics to tell losses by, besides what the plan needs
     memory_before  what peak memory is counted from, by `memory.in_use`; None: what is in use when the work begins
     """
     device = next(model.parameters()).device
     with PeakMemory(device, memory_before) as memory, bar(plan.recipe.name, len(plan.layers)) as step:
         start = time.perf_counter()
-        layers = pipeline.quantize(model, plan, ids, lambda layer: step(f"{layer.name} {layer.relative_loss:.2%} lost"))
+        layers = pipeline.quantize(
+            model, plan, ids, lambda layer: step(f"{layer.name} {layer.relative_loss:.2%} lost"), collect
+        )
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

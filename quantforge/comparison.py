@@ -129,7 +129,14 @@ def compare(
         _restore(built, originals)
         needed = calib if plan.needs else None
         result = api.run(
-            built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from, memory_before=before
+            built,
+            plan,
+            needed,
+            tokenizer=tokenizer,
+            source=source.name,
+            calibration=calib_from,
+            memory_before=before,
+            collect=frozenset() if _unseen(plan) else frozenset({"hessian"}),
         )
         if label in losses:
             result = replace(result, layers=tuple(_judged(layer, losses[label]) for layer in result.layers))

@@ -86,9 +86,12 @@ class Plan:
     @property
     def needs(self) -> frozenset[str]:
         """Return the statistics that any of its parts wants; empty if it needs no data."""
-        parts = [need for p in self.layers.values() for need in p.needs]
-        parts += [need for t in self.recipe.transforms for need in t.needs]
-        return frozenset(parts + [need for t in self.recipe.tuners for need in t.needs])
+        return self.walk_needs.union(*(t.needs for t in self.recipe.transforms))
+
+    @property
+    def walk_needs(self) -> frozenset[str]:
+        """Return what is wanted of the walk in which layers are solved: all but what transforms look at before it."""
+        return frozenset().union(*(p.needs for p in self.layers.values()), *(t.needs for t in self.recipe.tuners))
 
     @property
     def bits_per_weight(self) -> float:
