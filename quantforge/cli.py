@@ -294,7 +294,12 @@ def evaluate(
 
 @main.command()
 @click.argument("model", required=False)
-@click.option("--methods", default="fp,rtn,gptq", show_default=True, help="Comma-separated; fp is the float model.")
+@click.option(
+    "--methods",
+    default="fp,rtn,gptq",
+    show_default=True,
+    help="Methods or suites (all-weights, all-activations, …), comma-separated; fp is the float model.",
+)
 @click.option("--bits", default="4", show_default=True, help="Comma-separated.")
 @_format
 @_calibration

@@ -123,6 +123,7 @@ def _facts(chosen: Recipe, data: str) -> list[list[str]]:
     shape = (SIDE, SIDE)
     bits = chosen.weights.with_scale(torch.bfloat16).nbits(shape) + sum(c.nbits(shape) for c in chosen.corrections)
     more = ", and the weights kept in float on top" if chosen.solver.extends_format else ""
+    beside = " The factors are a PEFT adapter beside it." if chosen.corrections else ""
     return [
         ["stores", f"`{chosen.weights.short}`: {bits / SIDE**2:.3f} bits per weight of a {SIDE} x {SIDE} layer{more}"],
         *(
@@ -131,7 +132,7 @@ def _facts(chosen: Recipe, data: str) -> list[list[str]]:
             else []
         ),
         ["data", f"calibration text, for {data}" if data else "none: the weights alone"],
-        ["saved as", f"{registered('exporter', type(exporter))}: {_first_line(exporter)}"],
+        ["saved as", f"{registered('exporter', type(exporter))}: {_first_line(exporter)}{beside}"],
         ["left alone", ", ".join(f"`{s}`" for s in chosen.skip)],
     ]
 
@@ -181,8 +182,8 @@ def _split(cls: type) -> tuple[list[str], dict[str, str]]:
 
 
 def measured(name: str, report: Report) -> list[str]:
-    """Return the section of a method's runs, alone or joined to others, in `report`; nothing if it has none."""
-    runs = [run for run in report.runs if name in run.method.split("+")]
+    """Return the section of a method's runs in `report`, alone, joined or for one layer; nothing if it has none."""
+    runs = [run for run in report.runs if name in run.method.split("+") or run.label.endswith(f"={name}")]
     if not runs:
         return []
     base = [run for run in report.runs if run.bits is None]
