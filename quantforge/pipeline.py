@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.calibrate.stats import Statistics
+from quantforge.errors import PlanError
 from quantforge.models import activations, arch, fold, moe
 from quantforge.models.walk import Call, Stage, walk
 from quantforge.numerics.inputs import Scheme
@@ -56,7 +57,10 @@ def _quantize(
         if p.inputs is not None:
             activations.gate(model.get_submodule(name))
     if ids is None:
-        assert not plan.needs, "the plan needs data"
+        if plan.needs:
+            raise PlanError(
+                275, f"{plan.recipe.label} needs calibration tokens ({', '.join(sorted(plan.needs))}); rtn needs none."
+            )
         return _solve_all(model, plan, progress)
     device = next(model.parameters()).device
     size = max(BATCH_TOKENS // ids.shape[1], 1)

@@ -73,6 +73,15 @@ def beside(*labels: str) -> Callable[[Runs], tuple[bool | None, str]]:
     return check
 
 
+def told(*labels: str) -> Callable[[Runs], tuple[bool | None, str]]:
+    """Report what the notes of several runs say."""
+
+    def check(runs: Runs) -> tuple[bool | None, str]:
+        return None, "; ".join(f"{label}: {', '.join(runs[label].notes)}" for label in labels)
+
+    return check
+
+
 def interpolated(label: str, coarse: str, fine: str) -> Callable[[Runs], tuple[bool, str]]:
     """Claim that `label` lies below the line between two other runs at its own bits per weight."""
 
@@ -219,6 +228,16 @@ ACTIVATIONS = [
         within("llm-int8-narrow8-channel-sym-x-narrow8-token dynamic=True", 0.005),
     ),
     Claim(
+        "llm-int8",
+        "within 0.5 % of the float perplexity, threshold 3",
+        within("llm-int8-narrow8-channel-sym-x-narrow8-token threshold=3.0", 0.005),
+    ),
+    Claim(
+        "smoothquant",
+        "by channel and token, alpha searched, folded up to down too: within 1 % of the float perplexity",
+        within("smoothquant-int8-channel-sym-x-int8-token search=True down=True", 0.01),
+    ),
+    Claim(
         "smoothquant",
         "by channel and token: below 29.25",
         under(f"smoothquant-{W8}-x-int8-token", 29.25),
@@ -271,6 +290,7 @@ ACTIVATIONS = [
         "M2 costs at most a quarter of what free scales lose",
         costs("zeroquant-fp-e2m1-g64-dq-x-e4m3-token", "gptq-e2m1-g64-x-e4m3-token range=mse", 0.25),
     ),
+    Claim("kv", "bytes of the cache, measured", told("kv:int8-token", "kv:int4-kivi-g32-w32")),
     Claim("kv", "int8 by token within 0.5 % of the float perplexity", within("kv:int8-token", 0.005)),
     Claim(
         "kv",
@@ -327,6 +347,42 @@ TESTED = [
         "with a threshold of infinity it is plain vector-wise rounding",
         "tests/numerics/test_inputs.py",
         "test_a_threshold_of_infinity_is_plain_rounding",
+    ),
+    (
+        "llm-int8",
+        "8-bit codes and row statistics are bitsandbytes'",
+        "tests/numerics/test_inputs.py",
+        "test_codes_and_row_statistics_are_those_of_bitsandbytes",
+    ),
+    (
+        "llm-int8",
+        "a layer computes what integers summed in 32 bits and the float features give",
+        "tests/test_rounded_inputs.py",
+        "test_a_layer_computes_what_integers_summed_in_32_bits_and_float_features_give",
+    ),
+    (
+        "smoothquant",
+        "in float the smoothed model computes what it did, to 1e-5, on every architecture",
+        "tests/methods/test_smoothquant.py",
+        "test_in_float_the_smoothed_model_computes_what_it_did",
+    ),
+    (
+        "smoothquant",
+        "a model whose norms come after the residual is refused",
+        "tests/test_rounded_inputs.py",
+        "test_a_model_whose_norms_come_after_the_residual_is_refused",
+    ),
+    (
+        "kv",
+        "what the cache holds does not depend on how the stream is cut",
+        "tests/models/test_kvcache.py",
+        "test_what_is_held_does_not_depend_on_how_the_stream_is_cut",
+    ),
+    (
+        "kv",
+        "noise in any part of the cache changes the result",
+        "tests/models/test_kvcache.py",
+        "test_noise_in_any_part_of_the_cache_changes_the_logits",
     ),
     (
         "zeroquant-fp",

@@ -47,6 +47,7 @@ def pages(report: Report | None = None) -> dict[str, str]:
     """
     found = {f"methods/{name}.md": method_page(name, report) for name in recipe.names()}
     found["obd-obs-obq.md"] = lineage_page()
+    found["inputs-and-caches.md"] = inputs_page()
     found["README.md"] = index_page()
     return found
 
@@ -75,6 +76,8 @@ def index_page() -> str:
 Methods that fill different slots can be joined: `--method awq+gptq` scales the channels and then runs GPTQ,
 `--method gptq+lorc` adds low-rank factors to GPTQ's result. `quantforge methods` prints the same list with every
 option, and `quantforge formats` the values, the cost and the error of every format.
+
+What `--weights`, `--inputs` and `--kv` can be: [weights, inputs and caches](inputs-and-caches.md).
 
 Where GPTQ comes from, on a layer small enough to check by hand: [OBD, OBS and OBQ](obd-obs-obq.md).
 
@@ -251,6 +254,66 @@ def least_loss(problem: Problem, r: Range) -> float:
         error = w - (codes - zero) * scale
         total += float(((error @ problem.hessian) * error).sum(1).min())
     return total
+
+
+def inputs_page() -> str:
+    """Return the page on notations of weights, of inputs and of KV caches."""
+    rows = [
+        ["`int8-token`", "integers of 8 bits, a scale for each token, found when the layer is called"],
+        ["`int8-tensor`", "one scale for all tokens of a call"],
+        ["`int8-tensor-static`", "one scale from calibration, the same for all calls"],
+        ["`int8-g64`", "a scale for each group of 64 channels of a token"],
+        ["`int8-token-asym`", "with a zero point"],
+        ["`narrow8-token`", "integers from −127 to 127, as bitsandbytes has them"],
+        ["`e4m3-token`, `e4m3-tensor`", "8-bit floats, saturating"],
+        ["`e4m3-g32-e8m0`", "groups of 32 with a power of two as the scale, as MXFP8 has them"],
+    ]
+    caches = [
+        ["`int8-token`", "8 bits, a scale for each token and head"],
+        ["`int4-token-g32-asym`", "4 bits, groups of 32 channels with zero points"],
+        [
+            "`int4-kivi-g32-w32`",
+            "keys by channel, 32 tokens sharing a scale; values by token; the latest 32 tokens and the first 4 in "
+            "float (KIVI, arXiv:2402.02750)",
+        ],
+        ["`-wN`, `-sN`", "the latest N tokens, the first N tokens, in float"],
+    ]
+    return f"""# Weights, inputs and caches
+
+`--weights FORMAT` says how weights are stored, `--inputs FORMAT` how layers round their inputs when they are called,
+`--kv FORMAT` how `quantforge evaluate` stores keys and values while it decodes. A run's name says all of it:
+`rtn-int8-channel-sym-x-int8-token` has 8-bit weights by channel, times 8-bit inputs by token.
+
+## Weights
+
+A grid, the weights that share a scale, then what is kept beside them: `int4-g64-asym`, `e4m3-channel`, `nf4-f64-dq`.
+`quantforge formats` lists them with bits and errors. `gN` are groups of N along a row, `fN` blocks of N of the
+flattened matrix, `bNxM` rectangles, `channel` a row, `tensor` all; `e8m0` a power of two as the scale; `dq` scales that
+are quantized too, which in ZeroQuant-FP's format means that they differ by shifts.
+
+## Inputs
+
+{table(["notation", ""], rows)}
+
+Text is joined and cut into full windows, so that ranges from calibration are those of text: there is no padding, and
+padded token ids are refused. Layers compute in float from the rounded values; for 8-bit integers that equals sums in 32
+bits to 1e-5.
+
+## Caches
+
+{table(["notation", ""], caches)}
+
+```python
+from quantforge.models.kvcache import KVCache, parse_kv
+
+model.generate(ids, past_key_values=KVCache(parse_kv("int4-kivi-g32-w32"), model.config))
+```
+
+What a layer's cache holds depends on the keys and values alone. A prompt read at once sees its early tokens as codes
+already, where decoding token by token still has those within the window in float; `--kv` decodes token by token.
+
+[All methods](README.md)
+"""
 
 
 def lineage_page() -> str:
