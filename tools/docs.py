@@ -1,11 +1,13 @@
-"""Write docs/ from the recipes, the docstrings, a small worked example and the committed report: `make docs`."""
+"""Write docs/ from the recipes, the docstrings, a small worked example and the committed reports: `make docs`."""
 
 import inspect
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from quantforge.solvers.rtn import RTN
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-REPORT = ROOT / "reports" / "all-weights" / "report.json"
+REPORTS = ("all-weights", "all-activations")
 SIDE = 1024  # of the layer for which bits per weight are stated
 STATISTICS = {
     "hessian": "second moments of each layer's inputs",
@@ -40,21 +42,22 @@ STATISTICS = {
 }
 
 
-def pages(report: Report | None = None) -> dict[str, str]:
+def pages(reports: Mapping[str, Report] = MappingProxyType({})) -> dict[str, str]:
     """Return the text of every page by its path below docs/.
 
-    report  where measured rows come from; without one those sections are left out
+    reports  where measured rows come from, by folder
     """
-    found = {f"methods/{name}.md": method_page(name, report) for name in recipe.names()}
+    found = {f"methods/{name}.md": method_page(name, reports) for name in recipe.names()}
     found["obd-obs-obq.md"] = lineage_page()
     found["inputs-and-caches.md"] = inputs_page()
     found["README.md"] = index_page()
     return found
 
 
-def committed_report() -> Report | None:
-    """Return the report that measured rows come from, or None if there is none."""
-    return record.from_json(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else None
+def committed_reports() -> dict[str, Report]:
+    """Return the reports that measured rows come from, by folder, as far as there are any."""
+    files = {name: ROOT / "reports" / name / "report.json" for name in REPORTS}
+    return {n: record.from_json(file.read_text(encoding="utf-8")) for n, file in files.items() if file.exists()}
 
 
 def table(heads: list[str], rows: list[list[str]], right: int = 0) -> str:
@@ -85,7 +88,7 @@ These pages are made by `make docs` from the code and the committed reports.
 """
 
 
-def method_page(name: str, report: Report | None) -> str:
+def method_page(name: str, reports: Mapping[str, Report]) -> str:
     """Return the page of one method."""
     chosen = recipe.load(name)
     parts = chosen.parts()
@@ -115,8 +118,8 @@ def method_page(name: str, report: Report | None) -> str:
             f"Each is changed by `--set`, as in `--set {rows[0][0].strip('`')}={rows[0][1].strip('`')}`.",
             table(["option", "default", "what it is"], rows),
         ]
-    if report is not None:
-        sections += measured(name, report)
+    found = [part for folder, report in reports.items() for part in measured(name, folder, report)]
+    sections += ["## Measured", *found] if found else []
     return "\n\n".join([*sections, "[All methods](../README.md)"]) + "\n"
 
 
@@ -184,20 +187,19 @@ def _split(cls: type) -> tuple[list[str], dict[str, str]]:
     return lines, options
 
 
-def measured(name: str, report: Report) -> list[str]:
-    """Return the section of a method's runs in `report`, alone, joined or for one layer; nothing if it has none."""
+def measured(name: str, folder: str, report: Report) -> list[str]:
+    """Return a method's runs in the `report` of `folder`, alone, joined or for one layer; nothing if it has none."""
     runs = [run for run in report.runs if name in run.method.split("+") or run.label.endswith(f"={name}")]
     if not runs:
         return []
     base = [run for run in report.runs if run.bits is None]
     calibrated, scored = report.calibration, report.evaluation
     return [
-        "## Measured",
         escape_markdown(
             f"{report.model}, {scored.get('count')} windows of {scored.get('seq_len')} tokens of {scored.get('name')}; "
             f"calibrated, where it needs data, on {calibrated.get('count')} of {calibrated.get('name')}."
         )
-        + f" The whole comparison: [{REPORT.parent.name}](../../reports/{REPORT.parent.name}/report.md).",
+        + f" The whole comparison: [{folder}](../../reports/{folder}/report.md).",
         table(
             ["run", "bits per weight", "perplexity", "KL", "seconds"], [_row(run) for run in [*base, *runs]], right=4
         ),
@@ -400,7 +402,7 @@ def _list(numbers: list[int]) -> str:
 
 def main() -> None:
     """Write every page, and remove those of methods that are gone."""
-    found = pages(committed_report())
+    found = pages(committed_reports())
     for path, text in found.items():
         (DOCS / path).parent.mkdir(parents=True, exist_ok=True)
         (DOCS / path).write_text(text, encoding="utf-8")
