@@ -257,8 +257,8 @@ ACTIVATIONS = [
     *(
         Claim(
             "smoothquant",
-            f"{level}: better than without",
-            below(f"smoothquant-int8-tensor-sym-x-{inputs}", f"rtn-int8-tensor-sym-x-{inputs}"),
+            f"{level}, alpha searched: better than without",
+            below(f"smoothquant-int8-tensor-sym-x-{inputs} search=True", f"rtn-int8-tensor-sym-x-{inputs}"),
         )
         for level, inputs in (("O1", "int8-token"), ("O2", "int8-tensor"), ("O3", "int8-tensor-static"))
     ),
