@@ -199,7 +199,7 @@ def token_ids(
 def _check_padding(config: Any, ids: Tensor) -> None:
     """Refuse windows that begin or end with padding, which statistics would count as text."""
     text = config.get_text_config()
-    pad, ends = text.pad_token_id, (text.bos_token_id, text.eos_token_id)
+    pad, *ends = (getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
     if pad is None or any(pad == end or (isinstance(end, list) and pad in end) for end in ends):
         return
     padded = (ids[:, 0] == pad) | (ids[:, -1] == pad)

@@ -306,7 +306,7 @@ def evaluate(
     show_default=True,
     help="Methods or suites (all-weights, all-activations, …), comma-separated; fp is the float model.",
 )
-@click.option("--bits", default="4", show_default=True, help="Comma-separated.")
+@click.option("--bits", default="4", show_default=True, help="Comma-separated; --weights takes their place.")
 @_format
 @_calibration
 @click.option("--data", default="python-docs", show_default=True, metavar="SET|FILE", help="Evaluation text.")

@@ -59,7 +59,7 @@ def _quantize(
     if ids is None:
         if plan.needs:
             raise PlanError(
-                275, f"{plan.recipe.label} needs calibration tokens ({', '.join(sorted(plan.needs))}); rtn needs none."
+                275, f"{plan.recipe.label} needs calibration tokens, for {', '.join(sorted(plan.needs))}; pass ids."
             )
         return _solve_all(model, plan, progress)
     device = next(model.parameters()).device

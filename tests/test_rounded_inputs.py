@@ -170,6 +170,14 @@ def test_padded_windows_are_refused():
         quantforge.quantize(tiny.make("llama", pad_token_id=0), "smoothquant", calibration=ids)
 
 
+@pytest.mark.parametrize("ends", [{"pad_token_id": None}, {"eos_token_id": 0}, {"eos_token_id": [2, 0]}])
+def test_what_may_be_the_end_of_a_text_is_no_padding(ends):
+    ids = IDS.clone()
+    ids[3, -2:] = 0
+    model = tiny.make("llama", **{"pad_token_id": 0, **ends})
+    assert quantforge.quantize(model, "smoothquant", calibration=ids).layers
+
+
 def test_a_float_that_torch_lacks_is_refused_by_the_plan(monkeypatch):
     real = torch.Tensor.to
 
