@@ -40,8 +40,9 @@ $(VENV)/demo: $(VENV)/installed
 readme: $(VENV)/installed  ## put the committed reports' tables into the README
 	$(BIN)/python tools/readme.py
 
-docs: $(VENV)/installed  ## write the pages of docs/ from the code and the committed reports
+docs: $(VENV)/installed  ## write the pages of docs/ and of claims from the code and the committed reports
 	$(BIN)/python tools/docs.py
+	$(BIN)/python tools/claims.py
 
 clean:
 	rm -rf $(VENV) demo build dist

@@ -38,6 +38,7 @@ def quantize(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    weights: str | None = None,
     inputs: str | None = None,
     calibration: str | Path | Tensor = "python-docs",
     samples: int = 64,
@@ -59,6 +60,7 @@ def quantize(
     method       a name from `quantforge methods`
     bits         2 to 8; group_size: weights sharing a scale, -1 for a whole row; symmetric: no zero points;
                  None keeps the method's own
+    weights      a notation of `quantforge formats`, "e4m3-channel", "mxfp4"; None keeps the method's own
     inputs       how layers round their inputs when they are called: "int8-token", "int8-tensor-static", "e4m3-token"
     calibration  a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
     samples      windows of `seq_len` tokens to calibrate on, the first ones, or drawn with `seed` if `shuffle`
@@ -74,6 +76,7 @@ def quantize(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        weights=weights,
         inputs=inputs,
         settings=settings,
         overrides=overrides,
@@ -96,9 +99,9 @@ def quantize(
         plan = planning.make(model, chosen, torch.float32 if own == torch.float64 else own)
         if target is not None:
             planning.check_export(plan, exporters.choose(plan))
-        check.check_finite(model)
         if plan.needs:
             ids, provenance = draw(tokenizer=tokenizer, config=model.config, seq_len=seq_len, count=samples)
+        check.check_finite(model)
         name, built = type(model).__name__, model
     else:
         source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
@@ -139,15 +142,19 @@ def run(
     source: str,
     calibration: dict[str, Any],
     memory_before: int | None = None,
+    collect: frozenset[str] = frozenset(),
 ) -> Result:
     """Quantize a loaded model by a plan, with progress on stderr, and measure time and memory.
 
+    collect        statistics to tell losses by, besides what the plan needs
     memory_before  what peak memory is counted from, by `memory.in_use`; None: what is in use when the work begins
     """
     device = next(model.parameters()).device
     with PeakMemory(device, memory_before) as memory, bar(plan.recipe.name, len(plan.layers)) as step:
         start = time.perf_counter()
-        layers = pipeline.quantize(model, plan, ids, lambda layer: step(f"{layer.name} {layer.relative_loss:.2%} lost"))
+        layers = pipeline.quantize(
+            model, plan, ids, lambda layer: step(f"{layer.name} {layer.relative_loss:.2%} lost"), collect
+        )
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -177,6 +184,7 @@ def token_ids(
                 441, f"token ids must be int64 [windows, seq_len], at least 0, not {text.dtype} {tuple(text.shape)}."
             )
         check_length(config, text.shape[1])
+        _check_padding(config, text)
         ids, provenance = text, {"name": "token ids", "seq_len": text.shape[1], "count": text.shape[0]}
     elif tokenizer is None:
         raise DataError(442, f"text {str(text)!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
@@ -186,6 +194,19 @@ def token_ids(
         ids, provenance = found.ids, found.provenance
     check.check_ids(ids, tokenizer, config)
     return ids, provenance
+
+
+def _check_padding(config: Any, ids: Tensor) -> None:
+    """Refuse windows that begin or end with padding, which statistics would count as text."""
+    text = config.get_text_config()
+    pad, *ends = (getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
+    if pad is None or any(pad == end or (isinstance(end, list) and pad in end) for end in ends):
+        return
+    padded = (ids[:, 0] == pad) | (ids[:, -1] == pad)
+    if bool(padded.any()):
+        raise DataError(
+            443, f"window {int(padded.nonzero()[0])} of the token ids is padded with {pad}; give full windows."
+        )
 
 
 def _checked(text: str | Path | Tensor, part: Literal["calibration", "evaluation"]) -> str | Tensor:

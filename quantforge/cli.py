@@ -101,6 +101,9 @@ def _format(command: Command) -> Command:
         ),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="e.g. solver.damp_percent=0.05"),
         click.option(
+            "--weights", metavar="FORMAT", help="How weights are stored, e.g. e4m3-channel, mxfp4; see `formats`."
+        ),
+        click.option(
             "--inputs", metavar="FORMAT", help="How layers round their inputs, e.g. int8-token; default: not."
         ),
         click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points."),
@@ -185,6 +188,7 @@ def quantize(
     bits: int | None,
     group_size: int | None,
     symmetric: bool | None,
+    weights: str | None,
     inputs: str | None,
     settings: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -213,6 +217,7 @@ def quantize(
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,
+            weights=weights,
             inputs=inputs,
             settings=changed,
             overrides=_overrides(overrides),
@@ -235,6 +240,7 @@ def quantize(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        weights=weights,
         inputs=inputs,
         calibration=calib,
         samples=samples,
@@ -294,8 +300,13 @@ def evaluate(
 
 @main.command()
 @click.argument("model", required=False)
-@click.option("--methods", default="fp,rtn,gptq", show_default=True, help="Comma-separated; fp is the float model.")
-@click.option("--bits", default="4", show_default=True, help="Comma-separated.")
+@click.option(
+    "--methods",
+    default="fp,rtn,gptq",
+    show_default=True,
+    help="Methods or suites (all-weights, all-activations, …), comma-separated; fp is the float model.",
+)
+@click.option("--bits", default="4", show_default=True, help="Comma-separated; --weights takes their place.")
 @_format
 @_calibration
 @click.option("--data", default="python-docs", show_default=True, metavar="SET|FILE", help="Evaluation text.")
@@ -312,6 +323,7 @@ def compare(
     bits: str,
     group_size: int | None,
     symmetric: bool | None,
+    weights: str | None,
     inputs: str | None,
     settings: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -342,6 +354,7 @@ def compare(
         bits=[int(w) for w in widths],
         group_size=group_size,
         symmetric=symmetric,
+        weights=weights,
         inputs=inputs,
         calibration=calib,
         samples=samples,

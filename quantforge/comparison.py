@@ -49,6 +49,7 @@ def compare(
     bits: Sequence[int] = (4,),
     group_size: int | None = None,
     symmetric: bool | None = None,
+    weights: str | None = None,
     inputs: str | None = None,
     calibration: str = "python-docs",
     samples: int = 64,
@@ -77,10 +78,12 @@ def compare(
              comparison leaves it that was interrupted
     command  the command line, for the report
 
+    weights  one format for all methods, in place of `bits`
+
     The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
     weight is read. Raises the subclasses of QuantForgeError.
     """
-    recipes = _recipes(methods, bits, (group_size, symmetric, inputs), settings or {}, overrides)
+    recipes = _recipes(methods, bits, (group_size, symmetric, weights, inputs), settings or {}, overrides)
     loading.check_device(device)
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
     caches = _caches(methods, source.config)
@@ -129,7 +132,14 @@ def compare(
         _restore(built, originals)
         needed = calib if plan.needs else None
         result = api.run(
-            built, plan, needed, tokenizer=tokenizer, source=source.name, calibration=calib_from, memory_before=before
+            built,
+            plan,
+            needed,
+            tokenizer=tokenizer,
+            source=source.name,
+            calibration=calib_from,
+            memory_before=before,
+            collect=frozenset() if _unseen(plan) else frozenset({"hessian"}),
         )
         if label in losses:
             result = replace(result, layers=tuple(_judged(layer, losses[label]) for layer in result.layers))
@@ -147,7 +157,7 @@ def compare(
 def _recipes(
     methods: Sequence[str],
     bits: Sequence[int],
-    format_options: tuple[int | None, bool | None, str | None],
+    format_options: tuple[int | None, bool | None, str | None, str | None],
     settings: dict[str, Any],
     overrides: Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, Recipe]:
@@ -155,7 +165,7 @@ def _recipes(
     if not methods or not bits:
         raise RecipeError(208, "there is nothing to compare: name at least one method and one number of bits.")
     recipes: dict[str, Recipe] = {}
-    group_size, symmetric, inputs = format_options
+    group_size, symmetric, weights, inputs = format_options
     unused = set(settings)
     for name in (m for m in methods if m in recipe.suites()):
         if any(option is not None for option in format_options) or overrides:
@@ -164,7 +174,7 @@ def _recipes(
             wish.label: wish.recipe() for wish in recipe.suite(name) if not wish.method.startswith(recipe.CACHE)
         }
     suited = set(recipes)
-    for width in bits:
+    for width in bits if weights is None else (None,):  # a notation has its own
         for method in methods:
             if method == FLOAT or method in recipe.suites() or method.startswith(recipe.CACHE):
                 continue
@@ -180,6 +190,7 @@ def _recipes(
                 bits=width,
                 group_size=group_size,
                 symmetric=symmetric,
+                weights=weights,
                 inputs=inputs,
                 settings=usable,
                 overrides=overrides,

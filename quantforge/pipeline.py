@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.calibrate.stats import Statistics
+from quantforge.errors import PlanError
 from quantforge.models import activations, arch, fold, moe
 from quantforge.models.walk import Call, Stage, walk
 from quantforge.numerics.inputs import Scheme
@@ -36,8 +37,8 @@ def quantize(
 
     The model's weights become the dequantized values of the codes, and layers that are to round their inputs do so.
 
-    ids       token ids [windows, seq_len] to calibrate on; None for plans that need no data, whose losses are then
-              those of the weights, as are those of plans that need only ranges of inputs; else those of the outputs
+    ids       token ids [windows, seq_len] to calibrate on; None for plans that need no data. Losses are those of the
+              outputs where Hessians are collected, else those of the weights
     progress  called with each layer as it is done
     collect   statistics that are wanted besides what the plan needs
     """
@@ -51,16 +52,16 @@ def quantize(
 def _quantize(
     model: nn.Module, plan: Plan, ids: Tensor | None, progress: Progress, collect: frozenset[str]
 ) -> list[Layer]:
-    layers: list[Layer] = []
     activations.remove(model.modules())
     for name, p in plan.layers.items():
         if p.inputs is not None:
             activations.gate(model.get_submodule(name))
     if ids is None:
-        assert not plan.needs, "the plan needs data"
-        for stage in _stages(model, plan):
-            layers += solve(stage, plan, None, progress)
-        return layers
+        if plan.needs:
+            raise PlanError(
+                275, f"{plan.recipe.label} needs calibration tokens, for {', '.join(sorted(plan.needs))}; pass ids."
+            )
+        return _solve_all(model, plan, progress)
     device = next(model.parameters()).device
     size = max(BATCH_TOKENS // ids.shape[1], 1)
     if "drift" in plan.needs:  # some batches must be left to judge by
@@ -69,10 +70,14 @@ def _quantize(
     facts: dict[str, dict[str, float]] = {}
     for transform in plan.recipe.transforms:
         facts |= _rescale(model, plan, transform, batches)
+    collected = _collected(plan) | collect
+    if not collected:
+        return [_told(layer, facts.get(layer.name, {})) for layer in _solve_all(model, plan, progress)]
     stages = _stages(model, plan)
-    found = _Gathered(_collected(plan) | collect, len(batches))
+    found = _Gathered(collected, len(batches))
     ahead = _float_walk(model, plan, batches, found) if plan.needs & {"drift", "float_blocks"} else repeat(0)
     next(ahead, None)
+    layers: list[Layer] = []
     ranges: dict[str, Range] = {}
     for index in walk(_body(model), batches, stages, found.observe):
         if stages[index].block:
@@ -82,6 +87,11 @@ def _quantize(
             layers += solve(stages[index], plan, statistics, progress, ranges, ids.numel())
         next(ahead, None)
     return [_told(layer, facts.get(layer.name, {})) for layer in layers]
+
+
+def _solve_all(model: nn.Module, plan: Plan, progress: Progress) -> list[Layer]:
+    """Solve layers that are to be solved by their weights alone."""
+    return [layer for stage in _stages(model, plan) for layer in solve(stage, plan, None, progress)]
 
 
 def _told(layer: Layer, facts: dict[str, float]) -> Layer:
@@ -116,9 +126,9 @@ def float_losses(model: nn.Module, plans: Mapping[str, Plan], ids: Tensor) -> di
 
 
 def _collected(plan: Plan) -> frozenset[str]:
-    """Return what the walk collects: what is needed, and Hessians to tell losses by, unless only ranges are wanted."""
-    changed = plan.recipe.transforms or plan.recipe.tuners
-    return plan.needs | {"hessian"} if changed or not plan.needs <= {"extremes"} else plan.needs
+    """Return what the walk collects: what is needed, and with statistics of inputs a Hessian to tell losses by."""
+    looks = plan.walk_needs <= {"extremes", "blocks", "float_blocks"}
+    return plan.walk_needs if looks else plan.walk_needs | {"hessian"}
 
 
 class _Gathered:

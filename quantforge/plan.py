@@ -86,9 +86,12 @@ class Plan:
     @property
     def needs(self) -> frozenset[str]:
         """Return the statistics that any of its parts wants; empty if it needs no data."""
-        parts = [need for p in self.layers.values() for need in p.needs]
-        parts += [need for t in self.recipe.transforms for need in t.needs]
-        return frozenset(parts + [need for t in self.recipe.tuners for need in t.needs])
+        return self.walk_needs.union(*(t.needs for t in self.recipe.transforms))
+
+    @property
+    def walk_needs(self) -> frozenset[str]:
+        """Return what is wanted of the walk in which layers are solved: all but what transforms look at before it."""
+        return frozenset().union(*(p.needs for p in self.layers.values()), *(t.needs for t in self.recipe.tuners))
 
     @property
     def bits_per_weight(self) -> float:
@@ -172,6 +175,7 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
             )
     _refuse_unfit(layers, recipe.tuners)
     _refuse_unscalable(model, recipe)
+    _refuse_missing_dtypes(layers)
     quantized = {id(m.weight) for s in stages for m in s.modules}
     rest = [p for p in model.parameters() if id(p) not in quantized]
     _refuse_tied(model, stages)
@@ -265,6 +269,18 @@ def _refuse_unscalable(model: nn.Module, recipe: Recipe) -> None:
                 f"{recipe.name} rescales layers, and nothing in this {what} can take the scales exactly (norms after "
                 "the residual, or an architecture that is not known); a method without it works.",
             )
+
+
+def _refuse_missing_dtypes(layers: dict[str, LayerPlan]) -> None:
+    """A float that this build of torch cannot convert must be found out before any work."""
+    for dtype, name in {dtype: name for name, p in layers.items() for dtype in p.format.dtypes}.items():
+        try:
+            torch.ones(1).to(dtype).float()
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            what = str(dtype).removeprefix("torch.")
+            raise PlanError(
+                259, f"{name}: {layers[name].format} needs {what}, which this torch lacks; int4-g64-asym works."
+            ) from error
 
 
 def _refuse_tied(model: nn.Module, stages: Sequence[Stage]) -> None:

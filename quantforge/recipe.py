@@ -99,6 +99,7 @@ def load(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    weights: str | None = None,
     inputs: str | None = None,
     settings: dict[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -108,6 +109,7 @@ def load(
     bits        2 to 8; None keeps the recipe's
     group_size  weights along the input that share a scale; -1 is a whole row (per channel)
     symmetric   True: no zero points
+    weights     the notation of a format, "int4-g64-asym", "e4m3-channel", "mxfp4"; None keeps the recipe's
     inputs      how layers round their inputs: "int8-token", "int8-tensor-static", "e4m3-token"; "float": not at all
     settings    {"solver.damp_percent": 0.01, …}: options of the recipe's parts
     overrides   {pattern of layer names: {"bits": 8, "group_size": 32, "method": "rtn", "skip": True}}
@@ -139,7 +141,7 @@ def load(
         name,
         raw["about"],
         raw["paper"],
-        _change(parse(raw["weights"]), bits, group_size, symmetric),
+        _change(_weights(weights or raw["weights"]), bits, group_size, symmetric),
         built["solver"][0],
         built["transform"],
         built["tuner"],
@@ -148,7 +150,7 @@ def load(
         rounding,
     )
     others = tuple(
-        (pattern, _override(chosen, pattern, wish, (bits, group_size, symmetric, inputs), settings))
+        (pattern, _override(chosen, pattern, wish, (bits, group_size, symmetric, weights, inputs), settings))
         for pattern, wish in (overrides or {}).items()
     )
     return replace(chosen, overrides=others)
@@ -172,16 +174,16 @@ class Wish:
 
     def recipe(self) -> Recipe:
         """Return the recipe that is asked for."""
-        chosen = load(
+        return load(
             self.method,
             bits=self.bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
+            weights=self.format,
             inputs=self.inputs,
             settings=self.settings,
             overrides=self.overrides,
         )
-        return replace(chosen, weights=parse(self.format)) if self.format else chosen
 
     @property
     def cache(self) -> str | None:
@@ -309,7 +311,8 @@ def _override(
     base: Recipe, pattern: str, wish: Mapping[str, Any], shared: tuple[Any, ...], settings: dict[str, Any] | None
 ) -> Recipe | None:
     """Return the recipe of the layers that `pattern` matches: the base's, but for what is wished; None to skip them."""
-    kinds = {"bits": object, "group_size": object, "symmetric": object, "inputs": str, "method": str, "skip": bool}
+    shapes: dict[str, type] = {"bits": object, "group_size": object, "symmetric": object, "weights": str, "inputs": str}
+    kinds = {**shapes, "method": str, "skip": bool}
     if not isinstance(wish, Mapping):
         raise RecipeError(215, f"the override {pattern!r} must say what is other, such as {{'bits': 8}}, not {wish!r}.")
     for key, value in wish.items():
@@ -322,13 +325,14 @@ def _override(
     if wish.get("skip"):
         return None
     method = wish.get("method", base.name)
-    bits, group_size, symmetric, inputs = (wish.get(key, value) for key, value in zip(kinds, shared, strict=False))
+    bits, group_size, symmetric, weights, inputs = (wish.get(k, v) for k, v in zip(shapes, shared, strict=True))
     same = method == base.name
     other = load(
         method,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        weights=weights,
         inputs=inputs,
         settings=_applying(settings, inputs) if same else None,
     )
@@ -342,6 +346,13 @@ def _override(
 def _applying(settings: dict[str, Any] | None, inputs: str | None) -> dict[str, Any]:
     """Return the settings that still apply where inputs are left in float."""
     return {k: v for k, v in (settings or {}).items() if inputs != "float" or not k.startswith("inputs.")}
+
+
+def _weights(text: str) -> Format:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise RecipeError(224, f"weights: {error}; `quantforge formats` lists them.") from error
 
 
 def _change(fmt: Format, bits: int | None, group_size: int | None, symmetric: bool | None) -> Format:

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,17 @@ class Result:
 
         Raises PlanError if the folder exists (unless `overwrite`) or the format cannot hold the model.
         """
-        folder, exporter = Path(folder), exporters.choose(self.plan)
+        folder, exporter = Path(folder), exporters.choose(self._held_plan())
         check_export(self.plan, exporter)
         check_target(folder, overwrite=overwrite)
         with publish(folder, overwrite=overwrite) as staging:
             _write(self, exporter, staging)
         return folder
+
+    def _held_plan(self) -> Plan:
+        """Return the plan as it came out: a layer that no token reached finds its inputs' range anew."""
+        found = {layer.name: layer.weight.inputs.inputs for layer in self.layers if layer.weight.inputs}
+        return replace(self.plan, layers={n: replace(p, inputs=found.get(n)) for n, p in self.plan.layers.items()})
 
     def record(self) -> dict[str, Any]:
         """Return everything but the tensors, as plain JSON values; a loss that is not finite is None."""

@@ -71,10 +71,10 @@ def solve(
     fields: dict[str, Any] = {}
     seen = 0 if found is None else found.tokens
     width = plan.layers[stage.names[0]].shape[1]
-    few = bool(plan.needs) and (not seen or moe.starved(stage.names[0], seen, width, total))
+    few = bool(plan.walk_needs) and (not seen or moe.starved(stage.names[0], seen, width, total))
     if found is not None:
         fields = found.fields()
-    elif plan.needs:  # no batch came here: zeros say that nothing is known, and the solver rounds
+    elif plan.walk_needs:  # no batch came here: zeros say that nothing is known, and the solver rounds
         fields = _nothing(plan, arch.get_weight(stage.modules[0]))
     done = []
     for group in _stacks([plan.layers[name] for name in stage.names]):
@@ -112,7 +112,7 @@ def solve(
 
 def _nothing(plan: Plan, weight: Tensor) -> dict[str, Any]:
     """Return the statistics of a layer that saw no token, by the fields of a Problem."""
-    return Statistics(plan.needs, weight.shape[1], weight.device).fields()
+    return Statistics(plan.walk_needs, weight.shape[1], weight.device).fields()
 
 
 def _settled(p: LayerPlan, problem: Problem, dtype: torch.dtype, *, few: bool) -> QInput | None:

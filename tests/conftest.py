@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from quantforge.numerics.problem import Problem
 
@@ -39,3 +41,15 @@ def problem() -> Callable[..., Problem]:
 def reference() -> ModuleType:
     """Return tests/problems.py, which also holds GPTQ and OBQ in plain float64."""
     return _PROBLEMS
+
+
+@pytest.fixture
+def change_tensors() -> Callable[[Path, Callable[[dict[str, Tensor]], object]], None]:
+    """Return what lets a function change the tensors of a checkpoint's file in its folder."""
+
+    def change(folder: Path, what: Callable[[dict[str, Tensor]], object]) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        what(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change

@@ -34,12 +34,6 @@ def folder(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 def change_config(folder: Path, change: Callable[[dict], object], file: str = "config.json") -> None:
     config = json.loads((folder / file).read_text())
     change(config)
@@ -64,13 +58,13 @@ def test_a_checkpoint_is_read_in_any_dtype_and_ready_to_evaluate(saved):
 
 
 @pytest.mark.parametrize("part", ["weight_scale", "weight_shape", "weight_zero_point"])
-def test_a_layer_that_lacks_a_part_is_named(folder, part):
+def test_a_layer_that_lacks_a_part_is_named(folder, part, change_tensors):
     change_tensors(folder, lambda t: t.pop(f"{LAYER}.{part}"))
     assert f"{LAYER} lacks {part}" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", f"{LAYER}.weight_packed", "model.embed_tokens.weight"])
-def test_a_missing_tensor_is_refused(folder, name):
+def test_a_missing_tensor_is_refused(folder, name, change_tensors):
     change_tensors(folder, lambda t: t.pop(name))
     message = refused(folder)
     assert name.removesuffix("_packed") in message or (
@@ -78,19 +72,19 @@ def test_a_missing_tensor_is_refused(folder, name):
     )
 
 
-def test_a_tensor_that_does_not_belong_is_named(folder):
+def test_a_tensor_that_does_not_belong_is_named(folder, change_tensors):
     change_tensors(folder, lambda t: t.update({"model.layers.7.extra": torch.zeros(2)}))
     assert "model.layers.7.extra" in refused(folder)
 
 
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_shape", "weight_zero_point"])
-def test_a_part_of_another_shape_is_named(folder, part):
+def test_a_part_of_another_shape_is_named(folder, part, change_tensors):
     key = f"{LAYER}.{part}"
     change_tensors(folder, lambda t: t.update({key: t[key][:-1].clone()}))
     assert LAYER in refused(folder)
 
 
-def test_a_layer_that_is_whole_but_of_another_size_than_the_config_says_is_refused(folder):
+def test_a_layer_that_is_whole_but_of_another_size_than_the_config_says_is_refused(folder, change_tensors):
     def shrink(tensors: dict[str, Tensor]) -> None:
         tensors |= {
             k.replace("up_proj", "down_proj"): v.clone() for k, v in tensors.items() if k.startswith(f"{LAYER}.")

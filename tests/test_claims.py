@@ -65,13 +65,25 @@ def test_a_claim_on_one_layer_reads_the_losses_of_that_layer(report):
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.9, "| pass |"), (2.1, "**not met**")])
-def test_what_lorc_adds_is_counted_without_gptq_itself(ratio, verdict):
+def test_what_lorc_adds_is_counted_without_gptq_itself(report, ratio, verdict):
+    report = replace(report, runs=(replace(report.runs[0], method="gptq+lorc"),))
     info = {"ratio": ratio, "seconds": 10 * ratio, "gptq_seconds": 10.0}
-    (row,) = claims.speed_rows(
-        [{"params": {"method": "gptq+lorc"}, "extra_info": info}, {"params": {}, "extra_info": {}}]
-    )
+    timed = [{"params": {"method": "gptq+lorc"}, "extra_info": info}, {"params": {}, "extra_info": {}}]
+    (row,) = claims.speed_rows(report, timed)
     assert verdict in row
     assert f"{ratio - 1:.2f} x" in row
+    others = replace(report, runs=(replace(report.runs[0], method="rtn"),))
+    assert not claims.speed_rows(others, timed)
+
+
+def test_the_committed_pages_are_what_the_reports_say():
+    for file, text in claims.pages().items():
+        assert file.read_text(encoding="utf-8") == text, "run `make docs`"
+
+
+def test_every_test_that_a_claim_names_is_there():
+    for _, _, file, test in claims.TESTED:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_a_line_between_two_runs_is_read_at_the_bits_of_the_third(report):

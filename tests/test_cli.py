@@ -269,6 +269,17 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(out, tmp_path, monkeypatc
     assert _tree(TINY) == before
 
 
+def test_weights_take_any_notation_of_formats(tmp_path, text):
+    dry = ("quantize", TINY, "--method", "rtn", "--dry-run", "--json")
+    for notation, bits in (("mxfp8", 8.25), ("e4m3-channel", None), ("int8-tensor-sym", None)):
+        record = json.loads(run(*dry, "--weights", notation, "--inputs", "e4m3-token").stdout)
+        assert bits is None or record["bits_per_weight"] == bits
+        assert all(row["format"] == record["layers"][0]["format"] for row in record["layers"])
+    result = run("compare", TINY, "--methods", "rtn", "--weights", "e4m3-channel", "--calib", text, *SMALL,
+                 "--data", text, "--windows", 2, "--out", tmp_path / "report", "--json")  # fmt: skip
+    assert [r["label"] for r in json.loads(result.stdout)["runs"]] == ["fp", "rtn-e4m3-channel"]
+
+
 def test_dynamic_is_a_setting_of_methods_that_round_inputs():
     dry = ("quantize", TINY, "--dry-run", "--json", "--method")
     flagged, plain = run(*dry, "llm-int8", "--dynamic").stdout, run(*dry, "llm-int8").stdout

@@ -31,7 +31,7 @@ def docs():
 @pytest.fixture(scope="module")
 def pages(docs):
     """Return what the generator makes now, from the report that is committed."""
-    return docs.pages(docs.committed_report())
+    return docs.pages(docs.committed_reports())
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +144,14 @@ def test_options_that_a_class_inherits_are_described_where_it_does_not_say(docs)
 
 
 def test_a_page_shows_the_runs_of_its_method_alone_and_joined(docs, report):
-    gptq, awq, rtn = (docs.method_page(name, report) for name in ("gptq", "awq", "rtn"))
+    gptq, awq, rtn = (docs.method_page(name, {"mine": report}) for name in ("gptq", "awq", "rtn"))
     assert "| gptq-int4-g64-asym | 4.312 | 31.372 | 0.1089 | 85.6 |" in gptq
     assert "| fp | 16.000 | 28.815 | 0.0000 |  |" in gptq
     assert "| awq+gptq-int3-g64-asym range=mse | 4.312 | 12.346 |" in gptq
     assert "| awq+gptq-int3-g64-asym range=mse | 4.312 | 12.346 |" in awq
     assert "| gptq-int4" not in awq
     assert "## Measured" not in rtn
-    assert all("## Measured" not in docs.method_page(name, None) for name in ("gptq", "awq"))
+    assert all("## Measured" not in docs.method_page(name, {}) for name in ("gptq", "awq"))
 
 
 def test_the_worked_example_is_true(docs):

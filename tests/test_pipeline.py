@@ -98,13 +98,27 @@ def test_without_data_losses_are_those_of_the_weights():
 def test_with_data_rounding_gives_the_same_codes_and_the_losses_of_the_outputs():
     model = tiny.make("llama")
     plan = planning.make(model, recipe.load("rtn", bits=3, group_size=32), torch.float32)
-    rows = pipeline.quantize(model, plan, tokens())
+    rows = pipeline.quantize(model, plan, tokens(), collect=frozenset({"hessian"}))
     plain, solved = quantized("llama", "rtn", bits=3)[1], quantized("llama", bits=3)[1]
     for row, blind in zip(rows, plain, strict=True):
         assert torch.equal(row.weight.base.codes, blind.weight.base.codes)
         assert row.tokens == 384
         assert row.loss != blind.loss
     assert rows[0].loss > solved[0].loss
+
+
+def test_what_needs_no_inputs_walks_no_model(monkeypatch):
+    """SmoothQuant looks at inputs once, before; its layers are then rounded by their weights alone."""
+    walks = []
+    real = pipeline.walk
+    monkeypatch.setattr(pipeline, "walk", lambda *args: walks.append(1) or real(*args))
+    for method, count in (("smoothquant", 1), ("smoothquant+gptq", 2), ("rtn", 0)):
+        walks.clear()
+        model = tiny.make("llama")
+        plan = planning.make(model, recipe.load(method), torch.float32)
+        rows = pipeline.quantize(model, plan, tokens())
+        assert len(walks) == count
+        assert all(row.relative_loss > 0 for row in rows)
 
 
 def test_a_layer_of_zeros_has_no_relative_loss():

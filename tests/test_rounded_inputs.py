@@ -14,10 +14,10 @@ from quantforge import pipeline, recipe, report, solving
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
 from quantforge.cli import main
-from quantforge.errors import PlanError, RecipeError
-from quantforge.models import activations, arch, tiny
+from quantforge.errors import DataError, PlanError, RecipeError
+from quantforge.models import activations, arch, moe, tiny
 from quantforge.numerics.formats import parse
-from quantforge.numerics.inputs import QInput, parse_inputs
+from quantforge.numerics.inputs import QInput, integer_product, parse_inputs
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 IDS = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ def inputs_of(model, name, ids=IDS):
     return seen[0], seen[1], out
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt", "phi3", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt", "phi3", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("inputs", ["int8-token", "int8-tensor-static"])
 def test_every_layer_of_the_plan_rounds_its_input_and_no_other_does(kind, inputs):
     model, rows = rounded(inputs, kind=kind)
@@ -65,8 +65,9 @@ def test_a_layer_computes_with_its_rounded_input():
     assert not torch.equal(after, before)
 
 
-def test_calibration_sees_inputs_that_come_through_rounded_layers_and_are_not_yet_rounded():
+def test_calibration_sees_inputs_that_come_through_rounded_layers_and_are_not_yet_rounded(monkeypatch):
     """The static range of a late layer spans what arrives there in the finished model, and of no float model."""
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", 48)  # the extremes of four batches
     model, rows = rounded("int8-tensor-static")
     row = next(row for row in rows if row.name == LAYER)
     before, _, _ = inputs_of(model, LAYER)
@@ -97,6 +98,20 @@ def test_features_above_the_threshold_keep_their_float_weights_and_inputs():
     assert not torch.equal(after[..., others], before[..., others])
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_layer_computes_what_integers_summed_in_32_bits_and_float_features_give(dynamic):
+    model, rows = rounded("narrow8-token", "llm-int8", inputs__threshold=1.5, inputs__dynamic=dynamic)
+    spared = 0
+    for row in rows[:7]:
+        before, _, _ = inputs_of(model, row.name)
+        x, weight = before.flatten(0, 1), arch.get_weight(model.get_submodule(row.name))
+        codes, kept = row.weight.inputs.quantize(x)
+        wanted = integer_product(codes, row.weight.base) + x[:, kept] @ weight[:, kept].T
+        torch.testing.assert_close(row.weight.inputs.round(x) @ weight.T, wanted, rtol=1e-5, atol=1e-5)
+        spared += len(kept)
+    assert spared
+
+
 def test_nothing_is_added_to_features_that_stay_in_float():
     model, before = tiny.make("llama"), tiny.make("llama")
     settings = {"inputs.threshold": 1.0}
@@ -118,6 +133,73 @@ def test_a_layer_that_no_token_reaches_finds_its_range_in_every_input():
     assert layer.weight.inputs.range is None
     x = torch.full((1, 96), 0.01)
     assert float(layer.weight.inputs.round(x).abs().max()) == pytest.approx(0.01, rel=0.01)
+
+
+def test_a_tiny_threshold_keeps_everything_in_float():
+    model, _ = rounded("narrow8-token", "llm-int8", inputs__threshold=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, tiny.make("llama")(IDS).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_without_tokens_is_not_saved_as_if_its_range_were_fixed(tmp_path):
+    result = quantforge.quantize(
+        tiny.make("llama"), "rtn", bits=8, group_size=-1, symmetric=True, inputs="int8-tensor-static", calibration=IDS
+    )
+    late = next(row for row in result.layers if row.name == LAYER)
+    anew = replace(late.weight.inputs.inputs, static=False, dynamic=True)
+    weight = replace(late.weight, inputs=QInput(anew))
+    rows = tuple(replace(row, weight=weight) if row is late else row for row in result.layers)
+    activations.gate(result.model.get_submodule(LAYER), weight.inputs)
+    replace(result, layers=rows).save(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(quantforge.load(tmp_path / "out")(IDS).logits, result.model(IDS).logits)
+
+
+@pytest.mark.parametrize("method", ["rtn", "smoothquant", "gptq"])
+def test_what_needs_data_says_so_before_any_work(method):
+    chosen = recipe.load(method, inputs="int8-tensor-static")
+    model = tiny.make("llama")
+    with pytest.raises(PlanError, match=r"QF-275.*needs calibration tokens"):
+        pipeline.quantize(model, planning.make(model, chosen, torch.float32))
+
+
+def test_padded_windows_are_refused():
+    ids = IDS.clone()
+    ids[3, -2:] = 0
+    with pytest.raises(DataError, match=r"window 3 of the token ids is padded with 0"):
+        quantforge.quantize(tiny.make("llama", pad_token_id=0), "smoothquant", calibration=ids)
+
+
+@pytest.mark.parametrize("ends", [{"pad_token_id": None}, {"eos_token_id": 0}, {"eos_token_id": [2, 0]}])
+def test_what_may_be_the_end_of_a_text_is_no_padding(ends):
+    ids = IDS.clone()
+    ids[3, -2:] = 0
+    model = tiny.make("llama", **{"pad_token_id": 0, **ends})
+    assert quantforge.quantize(model, "smoothquant", calibration=ids).layers
+
+
+def test_a_float_that_torch_lacks_is_refused_by_the_plan(monkeypatch):
+    real = torch.Tensor.to
+
+    def lacking(self, *args, **kwargs):
+        if torch.float8_e4m3fn in args:
+            raise NotImplementedError
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", lacking)
+    with pytest.raises(PlanError, match=r"QF-259.*e4m3-channel-sym.* needs float8_e4m3fn, which this torch lacks"):
+        planning.make(tiny.make("llama"), recipe.load("rtn", weights="e4m3-channel"), torch.float32)
+
+
+@pytest.mark.parametrize("method", [n for n in recipe.names() if not recipe.load(n).inputs])
+def test_inputs_are_rounded_over_any_weight_solver(method):
+    model = tiny.make("llama")
+    settings = {"lwc": {"tuner.epochs": 1}}.get(method, {})
+    chosen = recipe.load(method, inputs="int8-token", settings=settings)
+    rows = pipeline.quantize(model, planning.make(model, chosen, torch.float32), IDS)
+    assert all(activations.find(model.get_submodule(row.name)).rounds is row.weight.inputs for row in rows)
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
 
 
 def test_a_huge_threshold_is_plain_vector_wise_rounding():
@@ -143,6 +225,16 @@ def test_what_is_saved_computes_the_same(method, kind, tmp_path):
     loaded = quantforge.load(tmp_path / "q")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, result.model(IDS).logits)
+    original, kept = tiny.make(kind), 0
+    moe.unfuse(original)
+    for row in result.layers:
+        if row.weight.inputs.spared is None:  # of experts that saw few tokens, found anew; of the other methods, none
+            continue
+        spared = row.weight.inputs.spared.long()
+        own, again = (arch.get_weight(m.get_submodule(row.name))[:, spared] for m in (original, loaded))
+        assert torch.equal(again, own)
+        kept += len(spared)
+    assert bool(kept) == (method == "llm-int8")
     with torch.no_grad():
         activations.remove(loaded.modules())
         assert not torch.equal(loaded(IDS).logits, result.model(IDS).logits)

@@ -1,13 +1,13 @@
-"""The claims of the methods, row by row, from a report of `quantforge compare`: passed, or the honest number.
+"""The claims of the methods, row by row, from the committed reports: passed, or the honest number.
 
-    python tools/claims.py reports/all-weights/report.json reports/raw/beside.json > reports/all-weights/claims.md
+    python tools/claims.py
 
-A claim on a method of the report, but on runs that it lacks, is named at the end. The claims on speed come from
-`make bench`, the second file, which may be left out.
+writes `claims.md` beside each report that has claims. What is exact is shown by a test, which the row names; speed
+comes from `make bench`. A claim on a method of the report, but on runs that it lacks, is named at the end.
 """
 
 import json
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from quantforge.record import Report, Run
 from quantforge.report import number
 
 Runs = dict[str, Run]
+REPORTS = Path(__file__).parent.parent / "reports"
+CLAIMED = ("all-weights", "small-llama", "all-activations")
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,18 @@ class Claim:
     model: str | None = None
 
 
+def shown(value: float) -> str:
+    """Format a perplexity with at least four digits that count."""
+    return f"{value:.4f}" if value < 10 else f"{value:.3f}"
+
+
 def below(better: str, worse: str, slack: float = 1.0) -> Callable[[Runs], tuple[bool, str]]:
     """Claim that the run `better` has a lower perplexity than `worse`, times `slack`."""
 
     def check(runs: Runs) -> tuple[bool, str]:
         a, b = runs[better].perplexity, runs[worse].perplexity
         kl = f"KL {number(runs[better].kl, '.4f')} against {number(runs[worse].kl, '.4f')}"
-        return a < b * slack, f"{a:.3f} ({better}) against {b:.3f} ({worse}); {kl}"
+        return a < b * slack, f"{shown(a)} ({better}) against {shown(b)} ({worse}); {kl}"
 
     return check
 
@@ -61,7 +68,16 @@ def beside(*labels: str) -> Callable[[Runs], tuple[bool | None, str]]:
     """Report the perplexities of several runs beside one another."""
 
     def check(runs: Runs) -> tuple[bool | None, str]:
-        return None, ", ".join(f"{runs[label].perplexity:.3f} ({label})" for label in labels)
+        return None, ", ".join(f"{shown(runs[label].perplexity)} ({label})" for label in labels)
+
+    return check
+
+
+def told(*labels: str) -> Callable[[Runs], tuple[bool | None, str]]:
+    """Report what the notes of several runs say."""
+
+    def check(runs: Runs) -> tuple[bool | None, str]:
+        return None, "; ".join(f"{label}: {', '.join(runs[label].notes)}" for label in labels)
 
     return check
 
@@ -75,7 +91,7 @@ def interpolated(label: str, coarse: str, fine: str) -> Callable[[Runs], tuple[b
         if not 0 <= share <= 1:
             return False, f"{run.bits_per_weight:.3f} bits do not lie between {coarse} and {fine}"
         line = a.perplexity + share * (b.perplexity - a.perplexity)
-        numbers = f"{run.perplexity:.3f} at {run.bits_per_weight:.3f} bits against {line:.3f}"
+        numbers = f"{shown(run.perplexity)} at {run.bits_per_weight:.3f} bits against {shown(line)}"
         return run.perplexity < line, f"{numbers} between {coarse} and {fine}"
 
     return check
@@ -86,7 +102,7 @@ def near(label: str, value: float, share: float) -> Callable[[Runs], tuple[bool,
 
     def check(runs: Runs) -> tuple[bool, str]:
         found = runs[label].perplexity
-        return abs(found / value - 1) <= share, f"{found:.3f} against {value}"
+        return abs(found / value - 1) <= share, f"{found:.3f} against {value}, to within {share:.2%}"
 
     return check
 
@@ -137,16 +153,28 @@ def claims(bits: int) -> list[Claim]:
     return [
         Claim("awq", "better than RTN, both with min-max ranges", below(f"awq-{g} range=minmax", f"rtn-{g}")),
         Claim("awq", "better than RTN, both with Hessian ranges", below(f"awq-{g}", f"rtn-{g} range=hessian")),
-        Claim("awq", "and nearer to the float model by KL", nearer(f"awq-{g}", f"rtn-{g} range=hessian")),
+        Claim(
+            "awq",
+            "nearer than RTN by KL, both with Hessian ranges",
+            nearer(f"awq-{g}", f"rtn-{g} range=hessian"),
+        ),
         Claim("awq", "better than RTN", below(f"awq-{g}", f"rtn-{g}")),
         Claim("awq", "AWQ then GPTQ beside either alone", beside(f"awq+gptq-{g}", f"awq-{g}", f"gptq-{g}")),
         Claim("gptq", "better than RTN with the best range rule", below(f"gptq-{g}", f"rtn-{g} range=hessian")),
         Claim("gptaq", "not worse than GPTQ", below(f"gptaq-{g}", f"gptq-{g}", 1.0 + 1e-9)),
         Claim("lwc", "trained ranges are better than min-max", below(f"lwc-{g}", f"rtn-{g}")),
         Claim("lorc", "RTN improves at rank 8", below(f"rtn+lorc-{g} rank=8", f"rtn-{g}")),
-        Claim("lorc", "and more at rank 32", below(f"rtn+lorc-{g} rank=32", f"rtn+lorc-{g} rank=8")),
+        Claim(
+            "lorc",
+            "RTN gains more at rank 32",
+            below(f"rtn+lorc-{g} rank=32", f"rtn+lorc-{g} rank=8"),
+        ),
         Claim("lorc", "GPTQ improves at rank 8", below(f"gptq+lorc-{g} rank=8", f"gptq-{g}")),
-        Claim("lorc", "and more at rank 32", below(f"gptq+lorc-{g} rank=32", f"gptq+lorc-{g} rank=8")),
+        Claim(
+            "lorc",
+            "GPTQ gains more at rank 32",
+            below(f"gptq+lorc-{g} rank=32", f"gptq+lorc-{g} rank=8"),
+        ),
         Claim(
             "lorc",
             "whitened at least as good as plain, rank 32",
@@ -156,7 +184,7 @@ def claims(bits: int) -> list[Claim]:
         Claim("hqq", "better than RTN in the same format", below(f"hqq-{g}-zero", f"rtn-{g}-zero")),
         Claim(
             "hqq",
-            "the same in blocks of 64 rows",
+            "better than RTN, both in blocks of 64 rows",
             below(f"hqq-int{bits}-b64x1-asym-zero", f"rtn-int{bits}-b64x1-asym-zero"),
         ),
         *(
@@ -179,8 +207,8 @@ SMALL_LAYER = "model.layers.0.self_attn.k_proj"
 ONCE = [  # at widths of their own
     Claim("nf4", "perplexity 37.597 on the standard setting", near("nf4-nf4-f64-dq", 37.597, 0.0005), demo.NAME),
     Claim("nf4", "beats 4-bit absmax rounding at equal bits", below("nf4-nf4-f64-dq", "rtn-int4-f64-sym-dq")),
-    Claim("nf4", "beats both 4-bit floats at equal bits, E2M1", below("nf4-nf4-f64-dq", "e2m1-e2m1-f64-dq")),
-    Claim("nf4", "and bitsandbytes' own", below("nf4-nf4-f64-dq", "fp4-fp4-f64-dq")),
+    Claim("nf4", "beats E2M1 at equal bits", below("nf4-nf4-f64-dq", "e2m1-e2m1-f64-dq")),
+    Claim("nf4", "beats bitsandbytes' FP4 at equal bits", below("nf4-nf4-f64-dq", "fp4-fp4-f64-dq")),
     Claim(
         "spqr",
         "3-bit base at about 3.9 bits: below GPTQ at the same bits",
@@ -196,8 +224,18 @@ ACTIVATIONS = [
     ),
     Claim(
         "llm-int8",
-        "and so with features found anew in every input",
+        "within 0.5 % of the float perplexity, features found anew in every input",
         within("llm-int8-narrow8-channel-sym-x-narrow8-token dynamic=True", 0.005),
+    ),
+    Claim(
+        "llm-int8",
+        "within 0.5 % of the float perplexity, threshold 3",
+        within("llm-int8-narrow8-channel-sym-x-narrow8-token threshold=3.0", 0.005),
+    ),
+    Claim(
+        "smoothquant",
+        "by channel and token, alpha searched, folded up to down too: within 1 % of the float perplexity",
+        within("smoothquant-int8-channel-sym-x-int8-token search=True down=True", 0.01),
     ),
     Claim(
         "smoothquant",
@@ -219,8 +257,8 @@ ACTIVATIONS = [
     *(
         Claim(
             "smoothquant",
-            f"{level}: better than without",
-            below(f"smoothquant-int8-tensor-sym-x-{inputs}", f"rtn-int8-tensor-sym-x-{inputs}"),
+            f"{level}, alpha searched: better than without",
+            below(f"smoothquant-int8-tensor-sym-x-{inputs} search=True", f"rtn-int8-tensor-sym-x-{inputs}"),
         )
         for level, inputs in (("O1", "int8-token"), ("O2", "int8-tensor"), ("O3", "int8-tensor-static"))
     ),
@@ -231,7 +269,7 @@ ACTIVATIONS = [
     ),
     Claim(
         "zeroquant",
-        "and on the student's own inputs",
+        "distillation lowers W4A8 perplexity, on the student's own inputs",
         below(f"zeroquant-{W4}-x-int8-token teacher=False", f"rtn-{W4}-x-int8-token"),
     ),
     *(
@@ -249,14 +287,108 @@ ACTIVATIONS = [
     ),
     Claim(
         "zeroquant-fp",
-        "and so does M2",
+        "M2 costs at most a quarter of what free scales lose",
         costs("zeroquant-fp-e2m1-g64-dq-x-e4m3-token", "gptq-e2m1-g64-x-e4m3-token range=mse", 0.25),
     ),
+    Claim("kv", "bytes of the cache, measured", told("kv:int8-token", "kv:int4-kivi-g32-w32")),
     Claim("kv", "int8 by token within 0.5 % of the float perplexity", within("kv:int8-token", 0.005)),
     Claim(
         "kv",
         "4-bit keys by channel better than by token",
         below("kv:int4-kivi-g32-w32", "kv:int4-token-g32-w32-s4-asym"),
+    ),
+]
+# what is exact, and the test that shows it: method, claim, file, test
+TESTED = [
+    (
+        "nf4",
+        "regenerated from the normal quantile function, equal to the published table",
+        "tests/numerics/test_grids.py",
+        "test_nf4_is_the_published_table_to_the_last_bit",
+    ),
+    (
+        "nf4",
+        "4-bit codes, and scales that are not quantized themselves, are bitsandbytes' on a CPU",
+        "tests/exporters/test_bitsandbytes.py",
+        "test_codes_and_scales_are_the_librarys_to_the_bit",
+    ),
+    (
+        "nf4",
+        "8-bit codes of scales are the nearest; under 1 % differ from bitsandbytes' on a CPU, whose table misses them",
+        "tests/exporters/test_bitsandbytes.py",
+        "test_codes_of_scales_are_the_nearest_which_the_librarys_table_for_cpus_misses_at_times",
+    ),
+    (
+        "nf4",
+        "stock transformers loads the checkpoint and computes the same",
+        "tests/exporters/test_bitsandbytes.py",
+        "test_stock_transformers_loads_a_quantized_folder_and_computes_the_same",
+    ),
+    (
+        "quantile",
+        "codes lie midway between empirical quantiles, for any k",
+        "tests/numerics/test_grids.py",
+        "test_quantile_codes_lie_midway_between_quantiles_and_one_of_them_is_zero",
+    ),
+    (
+        "obq",
+        "in the order of the columns it is GPTQ",
+        "tests/methods/test_obq.py",
+        "test_in_the_order_of_the_columns_it_is_gptq",
+    ),
+    (
+        "spqr",
+        "without outliers it is GPTQ with the same ranges",
+        "tests/methods/test_spqr.py",
+        "test_without_outliers_it_is_gptq_with_the_same_ranges",
+    ),
+    (
+        "llm-int8",
+        "with a threshold of infinity it is plain vector-wise rounding",
+        "tests/numerics/test_inputs.py",
+        "test_a_threshold_of_infinity_is_plain_rounding",
+    ),
+    (
+        "llm-int8",
+        "8-bit codes and row statistics are bitsandbytes'",
+        "tests/numerics/test_inputs.py",
+        "test_codes_and_row_statistics_are_those_of_bitsandbytes",
+    ),
+    (
+        "llm-int8",
+        "a layer computes what integers summed in 32 bits and the float features give",
+        "tests/test_rounded_inputs.py",
+        "test_a_layer_computes_what_integers_summed_in_32_bits_and_float_features_give",
+    ),
+    (
+        "smoothquant",
+        "in float the smoothed model computes what it did, to 1e-5, on every architecture",
+        "tests/methods/test_smoothquant.py",
+        "test_in_float_the_smoothed_model_computes_what_it_did",
+    ),
+    (
+        "smoothquant",
+        "a model whose norms come after the residual is refused",
+        "tests/test_rounded_inputs.py",
+        "test_a_model_whose_norms_come_after_the_residual_is_refused",
+    ),
+    (
+        "kv",
+        "what the cache holds does not depend on how the stream is cut",
+        "tests/models/test_kvcache.py",
+        "test_what_is_held_does_not_depend_on_how_the_stream_is_cut",
+    ),
+    (
+        "kv",
+        "noise in any part of the cache changes the result",
+        "tests/models/test_kvcache.py",
+        "test_noise_in_any_part_of_the_cache_changes_the_logits",
+    ),
+    (
+        "zeroquant-fp",
+        "FP4 times 2^-k is FP8 exactly over the whole window",
+        "tests/numerics/test_grids.py",
+        "test_four_bit_floats_times_a_power_of_two_are_eight_bit_floats",
     ),
 ]
 # method: what it may take, in multiples of GPTQ, and whether GPTQ's own seconds are part of what is timed
@@ -276,10 +408,8 @@ VERDICTS = {True: "pass", False: "**not met**", None: "reported"}
 
 
 def rows(report: Report) -> tuple[list[str], list[str]]:
-    """Return a row a claim as Markdown, with what was measured; and the claims on its methods that it lacks
-    runs for."""
-    runs = {run.label: run for run in report.runs}
-    made = {part for run in report.runs for part in run.method.partition(":")[0].split("+")}
+    """Return a row a claim as Markdown, with what was measured; and the claims that lack runs of their methods."""
+    runs, made = {run.label: run for run in report.runs}, methods(report)
     found, missing = [], []
     widths = [(bits, claim) for bits in (4, 3) for claim in claims(bits)]
     for bits, claim in [*widths, *((None, claim) for claim in (*ONCE, *ACTIVATIONS))]:
@@ -296,47 +426,80 @@ def rows(report: Report) -> tuple[list[str], list[str]]:
     return found, missing
 
 
-def speed_rows(benchmarks: list[dict[str, Any]]) -> list[str]:
-    """Return a row a claim on speed, from the record of `make bench`."""
+def methods(report: Report) -> set[str]:
+    """Return the methods that a report has runs of, also those used for some of the layers."""
+    parts = {part for run in report.runs for part in run.method.partition(":")[0].split("+")}
+    return parts | {run.label.rpartition("=")[2] for run in report.runs}
+
+
+def exact_rows(report: Report) -> list[str]:
+    """Return a row for each claim that a test shows."""
+    link = "[{test}](../../{file})"
+    return [
+        f"| {method} | {says} | {link.format(test=test, file=file)} | test |"
+        for method, says, file, test in TESTED
+        if method in methods(report)
+    ]
+
+
+def range_rows(page: Path) -> list[str]:
+    """Return a row for each of the two verdicts of the table of ranges."""
+    found = re.findall(r"Each finer granularity is better: (.+?)\.$", page.read_text(encoding="utf-8"), re.M)
+    whats, says = (
+        ("error of 8-bit weights", "perplexity in 4 bits"),
+        "each finer granularity is better under every rule",
+    )
+    return [
+        f"| rtn, lwc | {what}: {says} | [ranges](../ranges.md) | {said} |"
+        for what, said in zip(whats, found, strict=True)
+    ]
+
+
+def speed_rows(report: Report, benchmarks: list[dict[str, Any]]) -> list[str]:
+    """Return a row a claim on the speed of the report's methods, from the record of `make bench`."""
     ratios = {b["params"]["method"]: b["extra_info"] for b in benchmarks if "ratio" in b["extra_info"]}
     found = []
     for method, (says, most, own) in SPEED.items():
-        if method in ratios:
+        if method in ratios and method.rpartition("+")[2] in methods(report):
             info = ratios[method]
             ratio = info["ratio"] - own
             numbers = f"{ratio:.2f} x ({info['seconds']:.1f} s beside {info['gptq_seconds']:.1f} s)"
             found.append(f"| {method} | {says} | {numbers} | {VERDICTS[ratio <= most]} |")
-    for b in benchmarks:
-        times = b["extra_info"].get("times_float")
-        if times is not None:
-            found.append(
-                f"| W8A8 | evaluation at most 3 x the float model's | {times:.2f} x | {VERDICTS[times <= 3]} |"
-            )
+    times = [b["extra_info"]["times_float"] for b in benchmarks if "times_float" in b["extra_info"]]
+    if times and "smoothquant" in methods(report):
+        found.append(
+            f"| W8A8 | evaluation at most 3 x the float model's | {times[0]:.2f} x | {VERDICTS[times[0] <= 3]} |"
+        )
     return found
 
 
-def page(report: Report, benchmarks: list[dict[str, Any]]) -> str:
-    """Return the claims with where they come from."""
+def page(report: Report, benchmarks: list[dict[str, Any]], ranges: Path | None = None) -> str:
+    """Return the claims with where they come from; those on speed and ranges of the demo model only."""
     found, missing = rows(report)
-    speed = speed_rows(benchmarks)
-    source = f"{report.model}; perplexities and losses of [the report](report.md), made by `{report.command}`"
-    source += "; speed by `make bench` on the demo model." if speed else "."
+    own = report.model == demo.NAME
+    source = f"{report.model}; perplexities and losses of [the report](report.md), made by `{report.command}`."
+    if own:
+        source += " Speed by `make bench`, beside one run of GPTQ in the same process."
     source += " A claim passes by perplexity, unless it speaks of KL: the mean divergence from the float model."
-    lines = [
-        "# Claims",
-        "",
-        source,
-        "",
-        "| method | claim | measured | |",
-        "| --- | --- | --- | --- |",
-    ]
-    lines += [*found, *speed]
+    lines = ["# Claims", "", source, "", "| method | claim | measured | |", "| --- | --- | --- | --- |", *found]
+    if own:
+        lines += exact_rows(report)
+        lines += range_rows(ranges) if ranges is not None and "lwc" in methods(report) else []
+        lines += speed_rows(report, benchmarks)
     if missing:
-        lines += ["", "Not in this report:", "", *(f"- {claim}" for claim in missing)]
+        where = "; most claims at 4 bits are in [those of the small Llama](../small-llama/claims.md)" if own else ""
+        lines += ["", f"Not in this report{where}:", "", *(f"- {claim}" for claim in missing)]
     return "\n".join(lines) + "\n"
 
 
+def pages(root: Path = REPORTS) -> dict[Path, str]:
+    """Return every page of claims by its file, as the reports below `root` have it now."""
+    timed = json.loads((root / "raw" / "beside.json").read_text(encoding="utf-8"))["benchmarks"]
+    files = {name: root / name / "report.json" for name in CLAIMED}
+    made = {n: record.from_json(f.read_text(encoding="utf-8")) for n, f in files.items() if f.exists()}
+    return {root / name / "claims.md": page(report, timed, root / "ranges.md") for name, report in made.items()}
+
+
 if __name__ == "__main__":
-    made = record.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    timed = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))["benchmarks"] if len(sys.argv) > 2 else []
-    print(page(made, timed), end="")
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")

@@ -9,6 +9,8 @@ that is lost, as a mean over tokens: over all layers of a kind, and in the layer
 
 import argparse
 import math
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def main() -> None:
         "that is lost by rounding a layer's inputs, as a mean over tokens: over the layers of a kind; the most, "
         "and where.\n\n"
         f"{table(measure(load.model(source), ids))}\n\n"
-        "Made by `python tools/damage.py [MODEL] TEXT.txt --out reports/damage.md`.\n"
+        f"{SAMPLES} windows of {SEQ_LEN} tokens. Made by `python tools/damage.py {shlex.join(sys.argv[1:])}`.\n"
     )
     o.out.write_text(text, encoding="utf-8")
 

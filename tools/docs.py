@@ -1,11 +1,13 @@
-"""Write docs/ from the recipes, the docstrings, a small worked example and the committed report: `make docs`."""
+"""Write docs/ from the recipes, the docstrings, a small worked example and the committed reports: `make docs`."""
 
 import inspect
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from quantforge.solvers.rtn import RTN
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-REPORT = ROOT / "reports" / "all-weights" / "report.json"
+REPORTS = ("all-weights", "all-activations")
 SIDE = 1024  # of the layer for which bits per weight are stated
 STATISTICS = {
     "hessian": "second moments of each layer's inputs",
@@ -40,20 +42,22 @@ STATISTICS = {
 }
 
 
-def pages(report: Report | None = None) -> dict[str, str]:
+def pages(reports: Mapping[str, Report] = MappingProxyType({})) -> dict[str, str]:
     """Return the text of every page by its path below docs/.
 
-    report  where measured rows come from; without one those sections are left out
+    reports  where measured rows come from, by folder
     """
-    found = {f"methods/{name}.md": method_page(name, report) for name in recipe.names()}
+    found = {f"methods/{name}.md": method_page(name, reports) for name in recipe.names()}
     found["obd-obs-obq.md"] = lineage_page()
+    found["inputs-and-caches.md"] = inputs_page()
     found["README.md"] = index_page()
     return found
 
 
-def committed_report() -> Report | None:
-    """Return the report that measured rows come from, or None if there is none."""
-    return record.from_json(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else None
+def committed_reports() -> dict[str, Report]:
+    """Return the reports that measured rows come from, by folder, as far as there are any."""
+    files = {name: ROOT / "reports" / name / "report.json" for name in REPORTS}
+    return {n: record.from_json(file.read_text(encoding="utf-8")) for n, file in files.items() if file.exists()}
 
 
 def table(heads: list[str], rows: list[list[str]], right: int = 0) -> str:
@@ -76,13 +80,15 @@ Methods that fill different slots can be joined: `--method awq+gptq` scales the 
 `--method gptq+lorc` adds low-rank factors to GPTQ's result. `quantforge methods` prints the same list with every
 option, and `quantforge formats` the values, the cost and the error of every format.
 
+What `--weights`, `--inputs` and `--kv` can be: [weights, inputs and caches](inputs-and-caches.md).
+
 Where GPTQ comes from, on a layer small enough to check by hand: [OBD, OBS and OBQ](obd-obs-obq.md).
 
 These pages are made by `make docs` from the code and the committed reports.
 """
 
 
-def method_page(name: str, report: Report | None) -> str:
+def method_page(name: str, reports: Mapping[str, Report]) -> str:
     """Return the page of one method."""
     chosen = recipe.load(name)
     parts = chosen.parts()
@@ -112,8 +118,8 @@ def method_page(name: str, report: Report | None) -> str:
             f"Each is changed by `--set`, as in `--set {rows[0][0].strip('`')}={rows[0][1].strip('`')}`.",
             table(["option", "default", "what it is"], rows),
         ]
-    if report is not None:
-        sections += measured(name, report)
+    found = [part for folder, report in reports.items() for part in measured(name, folder, report)]
+    sections += ["## Measured", *found] if found else []
     return "\n\n".join([*sections, "[All methods](../README.md)"]) + "\n"
 
 
@@ -123,6 +129,7 @@ def _facts(chosen: Recipe, data: str) -> list[list[str]]:
     shape = (SIDE, SIDE)
     bits = chosen.weights.with_scale(torch.bfloat16).nbits(shape) + sum(c.nbits(shape) for c in chosen.corrections)
     more = ", and the weights kept in float on top" if chosen.solver.extends_format else ""
+    beside = " The factors are a PEFT adapter beside it." if chosen.corrections else ""
     return [
         ["stores", f"`{chosen.weights.short}`: {bits / SIDE**2:.3f} bits per weight of a {SIDE} x {SIDE} layer{more}"],
         *(
@@ -131,7 +138,7 @@ def _facts(chosen: Recipe, data: str) -> list[list[str]]:
             else []
         ),
         ["data", f"calibration text, for {data}" if data else "none: the weights alone"],
-        ["saved as", f"{registered('exporter', type(exporter))}: {_first_line(exporter)}"],
+        ["saved as", f"{registered('exporter', type(exporter))}: {_first_line(exporter)}{beside}"],
         ["left alone", ", ".join(f"`{s}`" for s in chosen.skip)],
     ]
 
@@ -180,20 +187,19 @@ def _split(cls: type) -> tuple[list[str], dict[str, str]]:
     return lines, options
 
 
-def measured(name: str, report: Report) -> list[str]:
-    """Return the section of a method's runs, alone or joined to others, in `report`; nothing if it has none."""
-    runs = [run for run in report.runs if name in run.method.split("+")]
+def measured(name: str, folder: str, report: Report) -> list[str]:
+    """Return a method's runs in the `report` of `folder`, alone, joined or for one layer; nothing if it has none."""
+    runs = [run for run in report.runs if name in run.method.split("+") or run.label.endswith(f"={name}")]
     if not runs:
         return []
     base = [run for run in report.runs if run.bits is None]
     calibrated, scored = report.calibration, report.evaluation
     return [
-        "## Measured",
         escape_markdown(
             f"{report.model}, {scored.get('count')} windows of {scored.get('seq_len')} tokens of {scored.get('name')}; "
             f"calibrated, where it needs data, on {calibrated.get('count')} of {calibrated.get('name')}."
         )
-        + f" The whole comparison: [{REPORT.parent.name}](../../reports/{REPORT.parent.name}/report.md).",
+        + f" The whole comparison: [{folder}](../../reports/{folder}/report.md).",
         table(
             ["run", "bits per weight", "perplexity", "KL", "seconds"], [_row(run) for run in [*base, *runs]], right=4
         ),
@@ -250,6 +256,66 @@ def least_loss(problem: Problem, r: Range) -> float:
         error = w - (codes - zero) * scale
         total += float(((error @ problem.hessian) * error).sum(1).min())
     return total
+
+
+def inputs_page() -> str:
+    """Return the page on notations of weights, of inputs and of KV caches."""
+    rows = [
+        ["`int8-token`", "integers of 8 bits, a scale for each token, found when the layer is called"],
+        ["`int8-tensor`", "one scale for all tokens of a call"],
+        ["`int8-tensor-static`", "one scale from calibration, the same for all calls"],
+        ["`int8-g64`", "a scale for each group of 64 channels of a token"],
+        ["`int8-token-asym`", "with a zero point"],
+        ["`narrow8-token`", "integers from −127 to 127, as bitsandbytes has them"],
+        ["`e4m3-token`, `e4m3-tensor`", "8-bit floats, saturating"],
+        ["`e4m3-g32-e8m0`", "groups of 32 with a power of two as the scale, as MXFP8 has them"],
+    ]
+    caches = [
+        ["`int8-token`", "8 bits, a scale for each token and head"],
+        ["`int4-token-g32-asym`", "4 bits, groups of 32 channels with zero points"],
+        [
+            "`int4-kivi-g32-w32`",
+            "keys by channel, 32 tokens sharing a scale; values by token; the latest 32 tokens and the first 4 in "
+            "float (KIVI, arXiv:2402.02750)",
+        ],
+        ["`-wN`, `-sN`", "the latest N tokens, the first N tokens, in float"],
+    ]
+    return f"""# Weights, inputs and caches
+
+`--weights FORMAT` says how weights are stored, `--inputs FORMAT` how layers round their inputs when they are called,
+`--kv FORMAT` how `quantforge evaluate` stores keys and values while it decodes. A run's name says all of it:
+`rtn-int8-channel-sym-x-int8-token` has 8-bit weights by channel, times 8-bit inputs by token.
+
+## Weights
+
+A grid, the weights that share a scale, then what is kept beside them: `int4-g64-asym`, `e4m3-channel`, `nf4-f64-dq`.
+`quantforge formats` lists them with bits and errors. `gN` are groups of N along a row, `fN` blocks of N of the
+flattened matrix, `bNxM` rectangles, `channel` a row, `tensor` all; `e8m0` a power of two as the scale; `dq` scales that
+are quantized too, which in ZeroQuant-FP's format means that they differ by shifts.
+
+## Inputs
+
+{table(["notation", ""], rows)}
+
+Text is joined and cut into full windows, so that ranges from calibration are those of text: there is no padding, and
+padded token ids are refused. Layers compute in float from the rounded values; for 8-bit integers that equals sums in 32
+bits to 1e-5.
+
+## Caches
+
+{table(["notation", ""], caches)}
+
+```python
+from quantforge.models.kvcache import KVCache, parse_kv
+
+model.generate(ids, past_key_values=KVCache(parse_kv("int4-kivi-g32-w32"), model.config))
+```
+
+What a layer's cache holds depends on the keys and values alone. A prompt read at once sees its early tokens as codes
+already, where decoding token by token still has those within the window in float; `--kv` decodes token by token.
+
+[All methods](README.md)
+"""
 
 
 def lineage_page() -> str:
@@ -336,7 +402,7 @@ def _list(numbers: list[int]) -> str:
 
 def main() -> None:
     """Write every page, and remove those of methods that are gone."""
-    found = pages(committed_report())
+    found = pages(committed_reports())
     for path, text in found.items():
         (DOCS / path).parent.mkdir(parents=True, exist_ok=True)
         (DOCS / path).write_text(text, encoding="utf-8")

@@ -8,6 +8,8 @@ rounds every linear layer of the model to 8 bits under each rule (rules that loo
 
 import argparse
 import itertools
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,11 +85,12 @@ def main() -> None:
         f"# Granularity and range rule\n\n{found.model}. Rounding to nearest, asymmetric.\n\n"
         f"Relative squared error of the weights in 8 bits:\n\n{table(errors, '.3e')}\n\n"
         f"Each finer granularity is better: {verdict(errors)}.\n\n"
-        f"Perplexity in 4 bits, from [the report](ranges/report.md), made by `{found.command}`:\n\n"
+        f"Perplexity in 4 bits, from [the report](ranges/report.md), made by `{found.command}`; "
+        f"{found.runs[0].perplexity:.2f} in float. It is that of {found.evaluation['count']} windows, and does not "
+        "compare with that of others:\n\n"
         f"{table(perplexities, '.2f')}\n\n"
         f"Each finer granularity is better: {verdict(perplexities)}.\n\n"
-        "Made by `python tools/ranges_table.py [MODEL] TEXT.txt --report "
-        "reports/ranges/report.json --out reports/ranges.md`.\n"
+        f"Made by `python tools/ranges_table.py {shlex.join(sys.argv[1:])}`.\n"
     )
     o.out.write_text(text, encoding="utf-8")
 

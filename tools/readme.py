@@ -59,6 +59,9 @@ def _linked(run: Run) -> str:
     if not label.startswith(run.method):
         return label
     links = (f"[{part}](docs/methods/{part}.md)" if part in known else part for part in run.method.split("+"))
+    rest, equals, other = label.removeprefix(run.method).rpartition("=")
+    if other in known:  # the method of some of the layers
+        label = f"{run.method}{rest}{equals}[{other}](docs/methods/{other}.md)"
     return "+".join(links) + label.removeprefix(run.method)
 
 

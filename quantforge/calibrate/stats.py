@@ -78,10 +78,14 @@ class Extremes:
 
     def add(self, x: Tensor) -> None:
         """Add the tokens of `x` [..., in]; zero counts as seen, and what is not finite does not."""
-        flat = torch.nan_to_num(x.detach().reshape(-1, x.shape[-1]).float(), nan=0.0, posinf=0.0, neginf=0.0)
-        if len(flat):
-            low, high = flat.aminmax(dim=0)
-            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        if not len(flat):
+            return
+        low, high = flat.amin(0), flat.amax(0)
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            flat = torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
+            low, high = flat.amin(0), flat.amax(0)
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
 
 class Statistics:

@@ -72,14 +72,18 @@ def tiles(x: Tensor, block: Block, *, fill: float | None = None) -> Tensor:
 
 
 def spread(stat: Tensor, shape: tuple[int, int], block: Block) -> Tensor:
-    """Repeat a value a block, `stat` [row blocks, column blocks], over the matrix → `shape`."""
+    """Repeat a value a block, `stat` [row blocks, column blocks], over the matrix → `shape`, to read only."""
     if within_rows(shape, block) is None:
         assert isinstance(block, Flat)
         size = min(block.size, shape[0] * shape[1])
         return stat.flatten().repeat_interleave(size)[: shape[0] * shape[1]].view(shape)
     rows, cols = extents(shape, block)
-    if rows > 1:
+    if stat.shape[0] == 1:  # a view where one value serves a whole axis
+        stat = stat.expand(shape[0], -1)
+    elif rows > 1:
         stat = stat.repeat_interleave(rows, 0)[: shape[0]]
-    if cols > 1:
+    if stat.shape[1] == 1:
+        stat = stat.expand(-1, shape[1])
+    elif cols > 1:
         stat = stat.repeat_interleave(cols, 1)[:, : shape[1]]
     return stat

@@ -16,6 +16,7 @@ from quantforge.numerics.grids import Grid, IntGrid
 
 E8M0 = torch.float8_e8m0fnu  # powers of two, of which only the exponent is stored (OCP microscaling, revision 1.0)
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "e8m0": E8M0}
+_FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 _WHERE = {(None, None): "tensor", (1, None): "channel", (None, 1): "column"}
 
@@ -71,6 +72,13 @@ class Format:
         """Return how many rows can be cut from the others if a scale of all scales goes along; None if no rows can."""
         nested = isinstance(self.scale, Format) and self.scale.block == (None, None)
         return replace(self, scale=torch.float32).row_unit if nested else self.row_unit
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Return the narrow floats of torch in which its codes or scales are stored."""
+        own = {_FLOATS[self.grid.name]} if self.grid.name in _FLOATS else set()
+        own |= {E8M0} if self.scale == E8M0 else set()
+        return frozenset(own | (self.scale.dtypes if isinstance(self.scale, Format) else set()))
 
     def nbits(self, shape: tuple[int, int]) -> int:
         """Count the bits of a matrix of `shape`: codes, scales and zero points; a container may pad them."""

@@ -55,6 +55,10 @@ class Grid:
         """Return the values nearest to `x`, in its shape and dtype."""
         return self.decode(self.encode(x)).to(x.dtype)
 
+    def round_(self, x: Tensor) -> Tensor:
+        """Return the values nearest to `x`, in its place if that is faster."""
+        return self.round(x)
+
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of `codes`."""
         return torch.tensor(self.values, dtype=torch.float32, device=codes.device)[codes.long()]
@@ -71,6 +75,10 @@ class IntGrid(Grid):
     def round(self, x: Tensor) -> Tensor:
         """Return round(x) clamped to the grid."""
         return x.round().clamp_(self.low, self.high)
+
+    def round_(self, x: Tensor) -> Tensor:
+        """Round `x` in its place."""
+        return x.round_().clamp_(self.low, self.high)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the integers that `codes` mean, as float32."""
@@ -97,9 +105,17 @@ class FloatGrid(Grid):
 
     def round(self, x: Tensor) -> Tensor:
         """Return the values nearest to `x`, in its shape and dtype."""
-        exponent = (torch.frexp(x)[1] - 1).clamp_(min=self.smallest) - self.mantissa
-        step = torch.ldexp(torch.ones_like(x), exponent)
-        return (x / step).round_().mul_(step).clamp_(self.low, self.high)
+        return self.round_(x.clone())
+
+    def round_(self, x: Tensor) -> Tensor:
+        """Round `x` in its place."""
+        x.clamp_(self.low, self.high)
+        if x.dtype == torch.float32:  # the power of two below each number is its bits without sign and mantissa
+            step = x.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        else:
+            step = torch.ldexp(torch.ones_like(x), torch.frexp(x)[1] - 1)
+        step.clamp_(min=2.0**self.smallest).mul_(2.0**-self.mantissa)
+        return x.div_(step).round_().mul_(step)
 
 
 def narrow_grid(bits: int) -> IntGrid:

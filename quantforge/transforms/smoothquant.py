@@ -28,7 +28,7 @@ class SmoothQuant:
 
     alpha   between 0 and 1: 0.5 suits OPT and BLOOM, 0.8 to 0.9 Llama and Mistral
     search  choose α for each group of layers: the one with which the layers' outputs, inputs and weights rounded to
-            their formats, err least on sampled inputs, layers that share an input as one; `alpha` then plays no part
+            their formats, err least on sampled inputs, layers that share an input as one; alpha then plays no part
     down    smooth the input of the last layer of the MLP too, where the layer before can take it
     """
 

@@ -108,7 +108,9 @@ def test_methods_beside_gptq(benchmark, demo, gptq_seconds, method, options):
     """Seconds of a method on the whole model, as a multiple of a GPTQ run in the same process."""
     taken = []
     benchmark.pedantic(lambda: taken.append(seconds_of(demo, method, options)), rounds=1)
-    benchmark.extra_info |= {"seconds": taken[0], "gptq_seconds": gptq_seconds, "ratio": taken[0] / gptq_seconds}
+    ratio = taken[0] / gptq_seconds
+    threads = torch.get_num_threads()
+    benchmark.extra_info |= {"threads": threads, "seconds": taken[0], "gptq_seconds": gptq_seconds, "ratio": ratio}
 
 
 def test_evaluation_with_rounded_inputs_beside_float(benchmark, demo):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantforge
@@ -35,12 +33,6 @@ def folder(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 def change_group(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"] |= changes
@@ -61,13 +53,13 @@ def test_a_config_that_makes_a_reader_stumble_is_refused(folder, changes):
     assert "its layers cannot be read" in refused(folder, 357)
 
 
-def test_a_layer_in_two_layouts_is_refused(folder):
+def test_a_layer_in_two_layouts_is_refused(folder, change_tensors):
     # words come before bytes in the file, and are read first
     change_tensors(folder, lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(96, 16, dtype=torch.int32)}))
     assert LAYER in refused(folder, 357)
 
 
-def test_a_layer_with_rounded_inputs_that_is_none_of_the_model_is_refused(folder):
+def test_a_layer_with_rounded_inputs_that_is_none_of_the_model_is_refused(folder, change_tensors):
     def swap(tensors: dict[str, Tensor]) -> None:
         floats = tensors.pop(f"{EMBEDDING}.weight")
         for part in ("weight", "weight_scale"):
@@ -78,7 +70,7 @@ def test_a_layer_with_rounded_inputs_that_is_none_of_the_model_is_refused(folder
     assert f"{EMBEDDING} is no linear layer" in refused(folder, 359)
 
 
-def test_codes_without_their_scales_are_not_taken_for_weights(folder):
+def test_codes_without_their_scales_are_not_taken_for_weights(folder, change_tensors):
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors[NORM] = tensors[NORM].to(torch.uint8)
 
@@ -86,12 +78,12 @@ def test_codes_without_their_scales_are_not_taken_for_weights(folder):
     assert f"{NORM} is torch.uint8" in refused(folder, 358)
 
 
-def test_parameters_that_are_no_numbers_are_named(folder):
+def test_parameters_that_are_no_numbers_are_named(folder, change_tensors):
     change_tensors(folder, lambda t: t[NORM].__setitem__(slice(2), torch.nan))
     assert f"'{NORM}' has 2 NaN" in refused(folder, 345)
 
 
-def test_numbers_that_float16_cannot_hold_are_named_with_the_dtype_that_can(folder):
+def test_numbers_that_float16_cannot_hold_are_named_with_the_dtype_that_can(folder, change_tensors):
     change_tensors(folder, lambda t: t[NORM].__setitem__(slice(3), 1e6))
     quantforge.load(folder)
     message = refused(folder, 345, torch.float16)

@@ -113,6 +113,15 @@ def test_integers_with_a_scale_of_one_multiply_exactly():
     assert torch.equal(integer_product(QInput(asks(math.inf)).quantize(x)[0], q), x @ w.T)
 
 
+def test_sums_beyond_what_float32_counts_in_ones_are_exact_until_the_last_rounding():
+    x, w = torch.randint(64, 128, (20, 4096)).float(), torch.randint(64, 128, (24, 4096)).float()
+    x[:, 0], w[:, 0] = 127, 127
+    q = quantize(w, fit(w, parse("llm-int8")), parse("llm-int8"))
+    exact = (x.double() @ w.double().T).float()
+    assert float(exact.min()) > 2**24
+    assert torch.equal(integer_product(QInput(asks(math.inf)).quantize(x)[0], q), exact)
+
+
 def test_codes_and_row_statistics_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes").functional
     for seed in range(20):
