@@ -205,7 +205,7 @@ def _check_padding(config: Any, ids: Tensor) -> None:
     padded = (ids[:, 0] == pad) | (ids[:, -1] == pad)
     if bool(padded.any()):
         raise DataError(
-            443, f"window {int(padded.nonzero()[0])} of the token ids is padded with {pad}; give full windows."
+            447, f"window {int(padded.nonzero()[0])} of the token ids is padded with {pad}; give full windows."
         )
 
 

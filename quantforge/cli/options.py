@@ -1,0 +1,127 @@
+"""What commands share: their common options, how texts of options are read, and how a result is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from quantforge.errors import RecipeError, ResourceError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def print_result(text: str) -> None:
+    """Print a result; ResourceError if there is no room for it."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # or Python tries once more at its end
+        raise ResourceError(513, f"the result could not be printed: {error.strerror}.") from error
+
+
+def calibration(command: Command) -> Command:
+    """Add the options of calibration text."""
+    for option in (
+        click.option(
+            "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of --shuffle."
+        ),
+        click.option("--shuffle", is_flag=True, help="Draw the windows instead of taking the first ones."),
+        click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window."),
+        click.option("--samples", default=64, show_default=True, type=click.IntRange(1), help="Calibration windows."),
+        click.option("--calib", default="python-docs", show_default=True, metavar="SET|FILE", help="Calibration text."),
+    ):
+        command = option(command)
+    return command
+
+
+def weight_format(command: Command) -> Command:
+    """Add the options of how weights and inputs are stored."""
+    for option in (
+        click.option(
+            "--override",
+            "overrides",
+            multiple=True,
+            metavar="PATTERN:KEY=VALUE,…",
+            help="Other settings for layers by name, e.g. '*.down_proj:bits=8' or '*.layers.0.*:skip'.",
+        ),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="e.g. solver.damp_percent=0.05"),
+        click.option(
+            "--weights", metavar="FORMAT", help="How weights are stored, e.g. e4m3-channel, mxfp4; see `formats`."
+        ),
+        click.option(
+            "--inputs", metavar="FORMAT", help="How layers round their inputs, e.g. int8-token; default: not."
+        ),
+        click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points."),
+        click.option("--group-size", type=int, metavar="N", help="Weights that share a scale; -1 is a whole row."),
+    ):
+        command = option(command)
+    return command
+
+
+def machine(command: Command) -> Command:
+    """Add the device, trust in code, and JSON as output."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that the model folder brings."),
+        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
+    ):
+        command = option(command)
+    return command
+
+
+windows_option = click.option(
+    "--windows",
+    default=48,
+    show_default=True,
+    type=click.IntRange(0),
+    metavar="N",
+    help="Evaluation windows from the start of the text; 0 is all of them.",
+)
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Read the texts of --set; RecipeError for one that is no KEY=VALUE."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise RecipeError(210, f"--set {pair!r} is not of the form KEY=VALUE, such as solver.damp_percent=0.05.")
+        found[key] = value
+    return found
+
+
+def parse_overrides(texts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Read the texts of --override; RecipeError for one that is no PATTERN:KEY=VALUE."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        pattern, colon, wishes = text.partition(":")
+        if not colon or not pattern or not wishes:
+            raise RecipeError(
+                217, f"--override {text!r} is not of the form PATTERN:KEY=VALUE, such as *.down_proj:bits=8."
+            )
+        pairs = (wish.partition("=") for wish in wishes.split(","))
+        # what is said of one pattern in two places counts together, and from the later place on
+        found[pattern] = {**found.pop(pattern, {}), **{key: _value(text, key, value) for key, _, value in pairs}}
+    return found
+
+
+def _value(where: str, key: str, text: str) -> Any:
+    """Turn the text of an override's value into what it says: digits are a number, and nothing after `skip` is yes."""
+    words = {"": True, "true": True, "yes": True, "false": False, "no": False}
+    if key in ("skip", "symmetric"):
+        if text.lower() not in words:
+            raise RecipeError(217, f"--override {where!r}: {key} is yes or no, not {text!r}.")
+        return words[text.lower()]
+    return int(text) if key != "method" and text.removeprefix("-").isdecimal() else text
+
+
+def parse_list(text: str) -> list[str]:
+    """Split a comma-separated option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
