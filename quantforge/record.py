@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import re
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from reprlib import repr as short
@@ -19,7 +19,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from quantforge.errors import DataError, nearest
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
 PACKAGES = ("quantforge", "torch", "transformers", "compressed-tensors", "safetensors", "gguf", "numpy")
 UNIONS = (UnionType, Union)
 
@@ -49,16 +50,92 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class TaskRow:
+    """What a run scored on one task.
+
+    shots    examples before each item
+    answers  "1" for each item answered right and "0" for each other one, in the order of the task's items
+    chance   the share of right answers that guessing gives; NaN where there is none, as for open completions
+    items    digest of the items and their order: only equal ones can be paired
+    metrics  the harness's other figures by name
+    """
+
+    task: str
+    shots: int
+    answers: str
+    chance: float
+    items: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DivergenceRow:
+    """How the predictions over the evaluation text differ from the float model's.
+
+    median, p99   of the KL of each token, nats: lower bounds from the most probable tokens that the reference keeps
+    agreement     share of the predictions whose most probable token is the same
+    lost, gained  next tokens that only the float model, or only this one, finds most probable
+    dense, bound  mean KL over the first few windows, from whole distributions and as its lower bound
+    """
+
+    tokens: int
+    median: float
+    p99: float
+    agreement: float
+    lost: int
+    gained: int
+    dense: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the values of a layer's weights or inputs are spread, before and after.
+
+    what    "weights" or "inputs"
+    edge    bins of equal width from −edge to edge; values beyond lie in the outermost
+    before  share of the values in each bin, in the float model
+    after   the same as the quantized layer computes with
+    """
+
+    layer: str
+    what: str
+    edge: float
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One comparison that a report's runs are of, and what somebody needs to repeat it; dictionaries hold JSON values.
+
+    model_notes  what there is to say about the model's files
+    """
+
+    model: str
+    model_notes: tuple[str, ...]
+    calibration: dict[str, Any]
+    evaluation: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    command: str
+    created: str
+
+
+@dataclass(frozen=True)
 class Run:
     """One method at one width. NaN stands for what was not measured, and is all that is kept of an infinity.
 
     bits              of a code; None for the float model
     bits_per_weight   over the quantized layers, all that is stored counted
-    kl                mean KL divergence from the float model, nats per token
+    kl                mean KL divergence from the float model, nats per token; a lower bound, see `divergence`
     seconds           of quantizing
     peak_memory_bytes above the loaded model
     disk_note         what there is to say about the size, such as why the model was not saved
     notes             warnings worth reading
+    origin            place of its comparison in the report's origins
+    losses, kls       of each window: mean cross-entropy and mean KL, nats per token
+    tokens_per_second of the evaluation: whole windows at once, by the arithmetic that the figures are measured with
     """
 
     label: str
@@ -74,22 +151,25 @@ class Run:
     options: dict[str, Any]
     layers: tuple[LayerRow, ...]
     notes: tuple[str, ...]
+    origin: int = 0
+    losses: tuple[float, ...] = ()
+    kls: tuple[float, ...] = ()
+    divergence: DivergenceRow | None = None
+    tasks: tuple[TaskRow, ...] = ()
+    tokens_per_second: float = math.nan
+    histograms: tuple[Histogram, ...] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """All runs on one model, and what somebody needs to repeat them; dictionaries hold JSON values only."""
+    """The runs of one comparison or of several, which may be on several models and machines.
+
+    protocol  how perplexity and KL were measured, the same for all
+    """
 
     schema: int
-    model: str
-    model_notes: tuple[str, ...]
-    calibration: dict[str, Any]
-    evaluation: dict[str, Any]
     protocol: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    command: str
-    created: str
+    origins: tuple[Origin, ...]
     runs: tuple[Run, ...]
 
 
@@ -147,11 +227,30 @@ def from_json(text: str) -> Report:
         raise DataError(450, f"the report is not JSON: {error}.") from error
     if not isinstance(data, dict) or "schema" not in data:
         raise DataError(450, "the file is not a report: it has no field 'schema'; give a report.json.")
-    if type(data["schema"]) is not int or data["schema"] != SCHEMA:
-        found = short(data["schema"])
-        raise DataError(450, f"the report has schema {found}, this version reads {SCHEMA}; run the comparison again.")
-    report: Report = _read("report", data, Report)
+    if type(data["schema"]) is not int or data["schema"] not in READABLE:
+        found, known = short(data["schema"]), " and ".join(map(str, READABLE))
+        raise DataError(450, f"the report has schema {found}, this version reads {known}; run the comparison again.")
+    report: Report = _read("report", _upgraded(data) if data["schema"] == 1 else data, Report)
+    for i, run in enumerate(report.runs):
+        if not 0 <= run.origin < len(report.origins):
+            raise DataError(450, f"report.runs[{i}].origin is {run.origin}, and there are {len(report.origins)}.")
+        for task in run.tasks:
+            if set(task.answers) - {"0", "1"}:
+                raise DataError(450, f"report.runs[{i}] has answers to {task.task!r} that are neither 0 nor 1.")
     return report
+
+
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """Turn a record of schema 1, which knew one comparison only and less of each run, into one of schema 2."""
+    names = [field.name for field in fields(Origin)]
+    rest = {key: value for key, value in data.items() if key not in names}
+    later = {field.name: field.default for field in fields(Run) if field.default is not MISSING}
+    runs = data.get("runs")
+    if isinstance(runs, list):
+        later = {key: list(value) if isinstance(value, tuple) else value for key, value in later.items()}
+        later["tokens_per_second"] = None
+        rest["runs"] = [later | run if isinstance(run, dict) else run for run in runs]
+    return rest | {"schema": SCHEMA, "origins": [{key: data[key] for key in names if key in data}]}
 
 
 def _refuse(constant: str) -> None:
@@ -163,6 +262,8 @@ def _read(where: str, value: Any, hint: Any) -> Any:
     arguments, origin = get_args(hint), get_origin(hint)
     if hint is Any or (origin in UNIONS and type(value) in arguments):
         return value
+    if origin in UNIONS and isinstance(value, dict):
+        hint = next((kind for kind in arguments if is_dataclass(kind)), hint)
     if is_dataclass(hint):
         return _record(where, _expect(where, value, dict), hint)
     if hint is float:
