@@ -1,11 +1,8 @@
 """Divergence from the float model token by token: KL, agreement and flips, dense or from a small cached reference.
 
-Two kinds of reference serve two ends. `perplexity.Reference` keeps the inputs of the float model's output head
-([windows, seq_len − 1, width] float32): exact, but the head must stay at hand and runs again for every model that is
-compared, so it lives within one run; its logits go into `dense_divergence`. `TopK` keeps the k most probable tokens of
-each position and the rest of the mass in one bucket: it outlives the run in one file, needs no float model, costs less
-time, and gives a lower bound of the KL, since merging outcomes never raises it (the data processing inequality). How
-far below it lies is told by `gap` on a few windows.
+`TopK` keeps the k most probable tokens of each position and the rest of the mass in one bucket: it outlives the run in
+one file, needs no float model, and gives a lower bound of the KL, since merging outcomes never raises it (the data
+processing inequality). How far below the dense value it lies is told by `gap` on a few windows.
 
 Logits are compared in float32, a few tokens at a time: a tensor of [tokens of a chunk, vocabulary] takes at most 16 MiB
 and four of them live at once, whatever the vocabulary. Rounding is below about 1e-6 nats a token for the logits that
@@ -15,27 +12,19 @@ models give; by so much may the bound lie above the dense value, or fall from on
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from quantforge.errors import DataError, ResourceError
+from quantforge.errors import DataError
 
 Rows = Callable[[slice], Tensor]
 """Gives the float model's logits [rows, vocab] of a slice of tokens."""
 
-SCHEMA = "quantforge-topk-1"
-
 _BYTES = 2**24  # of a chunk's float32 logits
-_ADVICE = "delete the file to have it made anew"
 
 
 @dataclass(frozen=True)
@@ -113,24 +102,6 @@ class TopK:
         return TopK(self.ids[rows], self.log_probs[rows], self.top[rows], self.vocab)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a cached reference was made of, and with; all of it must be the same for the cache to be used.
-
-    model        fingerprint of the float model, its dtype included
-    tokens       `digest` of the token ids
-    predictions  windows × (seq_len − 1)
-    vocab        size of the vocabulary
-    k            tokens kept of each position, at most vocab
-    """
-
-    model: str
-    tokens: str
-    predictions: int
-    vocab: int
-    k: int
-
-
 def chunk_tokens(vocab: int) -> int:
     """Return how many tokens' logits are held in float32 at once: those that fit into 16 MiB, at least one."""
     return max(1, _BYTES // (4 * vocab))
@@ -140,8 +111,7 @@ def chunk_tokens(vocab: int) -> int:
 def dense_divergence(logits: Tensor, float_logits: Rows, targets: Tensor, chunk: int | None = None) -> TokenDivergence:
     """Compare a model's logits [tokens, vocab] with all of the float model's.
 
-    float_logits  for a tensor of logits, its `__getitem__`; for window i of a `perplexity.Reference`,
-                  `lambda rows: reference.logits(reference.hidden[i][rows])`
+    float_logits  for a tensor of logits, its `__getitem__`
     targets       [tokens], the tokens that follow
     chunk         tokens at once, `chunk_tokens` of the vocabulary if None
     The KL of a token is NaN where logits are, and infinite where a token that the float model allows has none.
@@ -166,7 +136,7 @@ def top_k(logits: Tensor, k: int = 128, chunk: int | None = None) -> TopK:
     tokens, vocab = logits.shape
     if k < 1:
         raise DataError(444, f"a cached reference keeps at least 1 token of each position, not {k}.")
-    dtype = _id_dtype(vocab)
+    dtype = id_dtype(vocab)
     ids = torch.empty(tokens, min(k, vocab), dtype=dtype)
     log_probs = torch.empty(tokens, min(k, vocab) + 1)
     top = torch.empty(tokens, dtype=dtype)
@@ -239,80 +209,6 @@ def gap(dense: TokenDivergence, bound: TokenDivergence) -> Gap:
     return Gap(float(dense.kl.mean()), float(bound.kl.mean()))
 
 
-def digest(ids: Tensor) -> str:
-    """Return the SHA-256 of token ids as 64-bit integers in little-endian order, in hexadecimal."""
-    return sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def pack(reference: TopK, model: str, tokens: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a cached reference's file.
-
-    model, tokens  as in `Origin`
-    """
-    kept = {"ids": reference.ids, "log_probs": reference.log_probs, "top": reference.top}
-    tensors = {name: tensor.contiguous() for name, tensor in kept.items()}
-    origin = Origin(model, tokens, len(reference.ids), reference.vocab, reference.ids.shape[1])
-    metadata = {name: str(value) for name, value in asdict(origin).items()}
-    return tensors, {"schema": SCHEMA, "content": _content(tensors), **metadata}
-
-
-def unpack(tensors: dict[str, Tensor], metadata: dict[str, str], origin: Origin) -> TopK:
-    """Return the reference that `pack` took apart.
-
-    Raises DataError, naming what differs, if it was not made of and with `origin`, or is not as it was written.
-    """
-    for name, value in {"schema": SCHEMA, **asdict(origin)}.items():
-        if metadata.get(name) != str(value):
-            found = metadata.get(name)
-            raise DataError(445, f"the cached reference was made for {name} {found!r}, not {str(value)!r}; {_ADVICE}.")
-    kind, rows = _id_dtype(origin.vocab), origin.predictions
-    ids, log_probs, top = (kind, (rows, origin.k)), (torch.float32, (rows, origin.k + 1)), (kind, (rows,))
-    expected = {"ids": ids, "log_probs": log_probs, "top": top}
-    for name, (dtype, shape) in expected.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
-            found = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
-            raise DataError(445, f"{name} in the reference is {found}, not {dtype} of shape {list(shape)}; {_ADVICE}.")
-    if metadata.get("content") != _content({name: tensors[name] for name in expected}):
-        raise DataError(445, f"the cached reference is damaged: its tensors are not the ones written; {_ADVICE}.")
-    return TopK(tensors["ids"], tensors["log_probs"], tensors["top"], origin.vocab)
-
-
-def save(path: Path, reference: TopK, model: str, tokens: str) -> None:
-    """Write a cached reference to one safetensors file, whole or not at all, replacing an old one; parents are made.
-
-    model, tokens  as in `Origin`
-    Raises ResourceError if it cannot be written.
-    """
-    staged = path.with_name(f".{os.getpid()}.{sha256(path.name.encode()).hexdigest()[:16]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            staged.write_bytes(to_bytes(*pack(reference, model, tokens)))
-            os.replace(staged, path)
-        finally:
-            staged.unlink(missing_ok=True)
-    except OSError as error:
-        raise ResourceError(512, f"{path} could not be written: {error.strerror or error}.") from error
-
-
-def load(path: Path, origin: Origin) -> TopK:
-    """Read a cached reference that `save` wrote.
-
-    Raises DataError, naming the file, if it cannot be read, is damaged, or was not made of and with `origin`.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (OSError, SafetensorError) as error:
-        raise DataError(445, f"{path.name!r} cannot be read as a cached reference: {error}; {_ADVICE}.") from error
-    try:
-        return unpack(tensors, metadata, origin)
-    except DataError as error:
-        raise DataError(error.number, f"{path.name!r}: {error.args[0]}") from error
-
-
 def _chunks(logits: Tensor, targets: Tensor | None, chunk: int | None) -> Iterator[slice]:
     """Yield the slices of tokens that are worked on at once."""
     tokens, vocab = logits.shape
@@ -327,7 +223,8 @@ def _check_shapes(logits: Tensor, expected: tuple[int, ...]) -> None:
         raise DataError(444, f"logits of shape {list(logits.shape)} do not go with the float model's {list(expected)}.")
 
 
-def _id_dtype(vocab: int) -> torch.dtype:
+def id_dtype(vocab: int) -> torch.dtype:
+    """Return the dtype that keeps the ids of a vocabulary."""
     return torch.uint16 if vocab <= 2**16 else torch.int32
 
 
@@ -352,11 +249,3 @@ def _compared(kl: Tensor, theirs: Tensor, ours: Tensor, targets: Tensor) -> Toke
     """Put together what is known of some tokens; theirs, ours: what each model finds most probable [rows]."""
     kl, theirs, ours, targets = (tensor.cpu() for tensor in (kl, theirs, ours, targets))
     return TokenDivergence(kl, theirs == ours, theirs == targets, ours == targets)
-
-
-def _content(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of the tensors' bytes, in the order of their names."""
-    found = sha256()
-    for name in sorted(tensors):
-        found.update(tensors[name].flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -1,10 +1,12 @@
-"""Perplexity over fixed windows, and the mean divergence from the float model, in one pass."""
+"""Perplexity over fixed windows, and the divergence from the float model, in one pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantforge.errors import DataError
+from quantforge.evaluation.divergence import (
+    Divergence,
+    Gap,
+    TokenDivergence,
+    dense_divergence,
+    gap,
+    joined,
+    joined_top_k,
+    summarize,
+    top_k,
+    top_k_divergence,
+)
+from quantforge.evaluation.reference import DENSE, Dense, K, Reference, after_head
 
 _CHUNK = 128  # tokens whose log-probabilities are held at once
 
@@ -20,12 +35,19 @@ _CHUNK = 128  # tokens whose log-probabilities are held at once
 class Score:
     """What one pass over the windows found.
 
-    losses  mean cross-entropy of each window's seq_len − 1 predictions, nats per token
-    kls     mean KL(float ‖ model) of the same predictions, nats per token; empty without a reference
+    losses             mean cross-entropy of each window's seq_len − 1 predictions, nats per token
+    kls                mean KL(float ‖ model) of the same predictions, nats per token; empty without a reference. Lower
+                       bounds, from the most probable tokens that the reference keeps
+    divergence         of all predictions; None without a reference
+    gap                how far below the dense mean the bound lies, over the first windows; None where that is unknown
+    tokens_per_second  that went through the model, the comparing left out
     """
 
     losses: tuple[float, ...]
     kls: tuple[float, ...] = ()
+    divergence: Divergence | None = None
+    gap: Gap | None = None
+    tokens_per_second: float = field(default=math.nan, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -39,20 +61,6 @@ class Score:
         return math.fsum(self.kls) / len(self.kls) if self.kls else math.nan
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The float model's predictions, kept as the inputs of its output head, which is far smaller than logits.
-
-    hidden   [windows, seq_len − 1, width] float32
-    logits   hidden → logits, by the float model's own head and what follows it
-    missing  why the predictions could not be kept, so that no divergence from them can be told; "" if they were
-    """
-
-    hidden: Tensor
-    logits: Callable[[Tensor], Tensor]
-    missing: str = ""
-
-
 def evaluate(
     model: nn.Module,
     ids: Tensor,
@@ -61,80 +69,128 @@ def evaluate(
 ) -> Score:
     """Score `model` on token ids [windows, seq_len], one window at a time; logits are compared in float32.
 
-    reference  with it, the divergence from the float model is measured too, unless it is `missing`
+    reference  with it, the divergence from the float model is measured too
     progress   called with the loss of each window
-    Raises DataError for windows of fewer than two tokens, or none.
+    Raises DataError for windows of fewer than two tokens, or none, or a reference of others.
     """
+    _check(ids)
+    if reference is not None and (len(ids), ids[:, 1:].numel()) != (len(reference.losses), len(reference.kept.ids)):
+        raise DataError(440, f"the reference is of {len(reference.losses)} windows, not of {len(ids)} like these.")
+    losses, seconds = [], 0.0
+    found: list[TokenDivergence] = []
+    whole: list[TokenDivergence] = []
+    for i, window in enumerate(ids):
+        logits, targets, took = _predictions(model, window)
+        seconds += took
+        losses.append(float(cross_entropy(logits, targets)))
+        if reference is not None:
+            found.append(top_k_divergence(logits, reference.window(i), targets))
+            if reference.dense is not None and i < len(reference.dense.hidden):
+                whole.append(_dense(logits, reference.dense, i, targets))
+        progress(losses[-1])
+    return Score(
+        tuple(losses),
+        tuple(float(part.kl.mean()) for part in found),
+        summarize(joined(found)) if found else None,
+        gap(joined(whole), joined(found[: len(whole)])) if whole else None,
+        ids.numel() / max(seconds, 1e-9),
+    )
+
+
+def make_reference(
+    model: nn.Module, ids: Tensor, progress: Callable[[float], None] = lambda loss: None, k: int = K
+) -> tuple[Reference, Score]:
+    """Run the float `model` over ids [windows, seq_len]; keep its predictions for later comparison, with its score.
+
+    Whole distributions are kept of the first windows only, and of none where the model's logits are not what its head
+    and the scale or the soft cap of its config make of the head's inputs.
+    """
+    _check(ids)
+    parts, losses, seconds = [], [], 0.0
+    with _head_inputs(model) as caught:
+        for window in ids:
+            logits, targets, took = _predictions(model, window)
+            seconds += took
+            losses.append(float(cross_entropy(logits, targets)))
+            parts.append(top_k(logits, k))
+            progress(losses[-1])
+            if len(losses) == 1:
+                first = logits
+            if len(losses) >= DENSE:
+                caught.closed = True
+    reference = Reference(joined_top_k(parts), tuple(losses), _whole(model, caught.hidden, first, ids))
+    return reference, Score(reference.losses, tokens_per_second=ids.numel() / max(seconds, 1e-9))
+
+
+def with_dense(model: nn.Module, reference: Reference, ids: Tensor) -> Reference:
+    """Return a reference over ids [windows, seq_len] that was read from a file with whole distributions of the first.
+
+    model  the float model
+    """
+    return replace(reference, dense=make_reference(model, ids[:DENSE], k=1)[0].dense)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits [tokens, vocab] for targets [tokens], nats in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for part, target in zip(torch.split(logits, _CHUNK), torch.split(targets, _CHUNK), strict=True):
+        total += F.cross_entropy(part.float(), target, reduction="sum").double()
+    return total / len(targets)
+
+
+def _check(ids: Tensor) -> None:
     if ids.shape[0] == 0 or ids.shape[1] < 2:
         raise DataError(
             440, f"perplexity needs at least one window of two tokens, not {ids.shape[0]} of {ids.shape[1]}."
         )
-    device = next(model.parameters()).device
-    losses, kls = [], []
-    with torch.no_grad():
-        for i, window in enumerate(ids):
-            tokens = window[None].to(device)
-            logits = _logits(model, tokens)[0, :-1]
-            losses.append(float(_cross_entropy(logits, tokens[0, 1:])))
-            if reference is not None and not reference.missing:
-                kls.append(float(_divergence(logits, reference, i)))
-            progress(losses[-1])
-    return Score(tuple(losses), tuple(kls))
 
 
-def make_reference(
-    model: nn.Module, ids: Tensor, progress: Callable[[float], None] = lambda loss: None
-) -> tuple[Reference, Score]:
-    """Run the float `model` over ids [windows, seq_len]; return its predictions for later comparison, and its score.
+@torch.no_grad()
+def _predictions(model: nn.Module, window: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return the logits [seq_len − 1, vocab] of one window, the tokens that follow, and the seconds it took."""
+    tokens = window[None].to(next(model.parameters()).device)
+    start = time.perf_counter()
+    output: Any = model(input_ids=tokens, use_cache=False)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return output.logits[0, :-1], tokens[0, 1:], time.perf_counter() - start
 
-    The reference is `missing`, and says why, where the model's logits are not what its head and the scale or the soft
-    cap of its config make of the head's inputs.
-    """
+
+class _Caught:
+    """The inputs that the output head was called with, in order, until it is closed."""
+
+    def __init__(self) -> None:
+        self.hidden: list[Tensor] = []
+        self.closed = False
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args and not self.closed:
+            self.hidden.append(args[0].flatten(end_dim=-2)[:-1].float().clone())
+
+
+@contextmanager
+def _head_inputs(model: nn.Module) -> Iterator[_Caught]:
+    caught = _Caught()
     head = model.get_output_embeddings()  # type: ignore[operator]
-    follow = _after_head(model)
-    caught: list[Tensor] = []
+    handle = head.register_forward_pre_hook(caught) if head is not None else None
+    try:
+        yield caught
+    finally:
+        if handle is not None:
+            handle.remove()
 
-    def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args:
-            caught.append(args[0].flatten(end_dim=-2)[:-1].float().clone())
+
+@torch.no_grad()
+def _whole(model: nn.Module, caught: list[Tensor], first: Tensor, ids: Tensor) -> Dense | None:
+    """Return the whole predictions over the first windows; None if `first`, those of one, cannot be had from it."""
+    if [len(hidden) for hidden in caught] != [ids.shape[1] - 1] * min(DENSE, len(ids)):
+        return None  # the head is not called once for all tokens
+    head, follow = model.get_output_embeddings(), after_head(model)  # type: ignore[operator]
 
     def logits(hidden: Tensor) -> Tensor:
         return follow(head(hidden.to(head.weight.dtype)))
 
-    handle = head.register_forward_pre_hook(catch) if head is not None else None
-    try:
-        score = evaluate(model, ids, progress=progress)
-    finally:
-        if handle is not None:
-            handle.remove()
-    if [len(hidden) for hidden in caught] != [ids.shape[1] - 1] * len(ids):
-        return _missing("the model does not call its output head once for all tokens"), score
-    hidden = torch.stack(caught)
-    with torch.no_grad():
-        direct, replayed = _logits(model, ids[:1].to(hidden.device))[0, :-1], logits(hidden[0])
-    if not _agree(direct, replayed):
-        return _missing("the model's logits are not what its output head and config make of the head's inputs"), score
-    return Reference(hidden, logits), score
-
-
-def _missing(reason: str) -> Reference:
-    return Reference(torch.empty(0), lambda hidden: hidden, f"no divergence from the float model: {reason}")
-
-
-def _after_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what the config says happens to the head's outputs: a divisor, a factor or a soft cap."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    fields = (getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
-    divisor, factor, cap = (value if isinstance(value, int | float) else None for value in fields)
-
-    def follow(logits: Tensor) -> Tensor:
-        if divisor:
-            logits = logits / divisor
-        if factor is not None:
-            logits = logits * factor
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return follow
+    return Dense(torch.stack(caught), logits) if _agree(first, logits(caught[0])) else None
 
 
 def _agree(direct: Tensor, replayed: Tensor) -> bool:
@@ -145,24 +201,5 @@ def _agree(direct: Tensor, replayed: Tensor) -> bool:
     return float((direct.float() - replayed.float()).abs().max()) <= close
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    output: Any = model(input_ids=tokens, use_cache=False)
-    logits: Tensor = output.logits
-    return logits
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for part, target in zip(torch.split(logits, _CHUNK), torch.split(targets, _CHUNK), strict=True):
-        total += F.cross_entropy(part.float(), target, reduction="sum").double()
-    return total / len(targets)
-
-
-def _divergence(logits: Tensor, reference: Reference, index: int) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    hidden = reference.hidden[index]
-    for part, h in zip(torch.split(logits, _CHUNK), torch.split(hidden, _CHUNK), strict=True):
-        theirs = reference.logits(h).float().log_softmax(-1)
-        ours = part.float().log_softmax(-1)
-        total += (theirs.exp() * (theirs - ours)).sum(-1).double().sum()
-    return total / len(logits)
+def _dense(logits: Tensor, dense: Dense, index: int, targets: Tensor) -> TokenDivergence:
+    return dense_divergence(logits, lambda rows: dense.logits(dense.hidden[index][rows]), targets)

@@ -132,27 +132,48 @@ def test_soft_capping_is_part_of_the_reference():
     reference, _ = make_reference(model, ids)
     with torch.no_grad():
         logits = model(ids[:1], use_cache=False).logits[0, :-1]
-        assert torch.equal(reference.logits(reference.hidden[0]), logits)
-        assert not torch.allclose(model.get_output_embeddings()(reference.hidden[0]), logits, atol=0.1)
+        assert torch.equal(reference.dense.logits(reference.dense.hidden[0]), logits)
+        assert not torch.allclose(model.get_output_embeddings()(reference.dense.hidden[0]), logits, atol=0.1)
     assert evaluate(changed("gemma2", final_logit_softcapping=2.0), ids, reference).kl > 1e-4
 
 
-def test_what_the_config_does_not_tell_about_the_head_costs_the_divergence_but_not_the_run():
+def test_what_the_config_does_not_tell_about_the_head_costs_the_gap_and_nothing_else():
     ids = tokens()
     model = other("hyperclovax", logits_scaling=8.0)  # a factor here
     reference, score = make_reference(model, ids)
-    assert "no divergence" in reference.missing
+    assert reference.dense is None
     assert score == evaluate(model, ids)
-    again = evaluate(model, ids, reference)
-    assert again.losses == score.losses
-    assert math.isnan(again.kl)
+    again = evaluate(other("hyperclovax", seed=1, logits_scaling=8.0), ids, reference)
+    assert again.gap is None
+    assert again.kl > 1e-3
     model = tiny.make("llama")
     model.lm_head.forward = lambda x: x @ model.lm_head.weight.T  # hooks see this, and nothing else is changed
-    assert make_reference(model, ids)[0].missing == ""
+    assert make_reference(model, ids)[0].dense is not None
     model.get_output_embeddings = lambda: None
     reference, score = make_reference(model, ids)
-    assert "output head" in reference.missing
+    assert reference.dense is None
     assert score.losses == evaluate(model, ids, reference).losses
+
+
+def test_the_gap_is_that_between_the_dense_divergence_and_the_bound_of_the_first_windows():
+    model, ids = tiny.make("llama"), tokens(6)
+    reference, _ = make_reference(model, ids, k=8)
+    worse = changed("llama")
+    score = evaluate(worse, ids, reference)
+    whole = evaluate(worse, ids, make_reference(model, ids)[0])
+    assert score.gap.bound == pytest.approx(math.fsum(score.kls[:4]) / 4)
+    assert score.gap.dense == pytest.approx(math.fsum(whole.kls[:4]) / 4, rel=1e-4)
+    assert 0 < score.gap.bound < score.gap.dense
+    assert score.divergence.tokens == 6 * 39
+    assert score.divergence.mean == pytest.approx(score.kl)
+
+
+def test_a_reference_of_other_windows_is_refused():
+    model = tiny.make("llama")
+    reference, _ = make_reference(model, tokens(2))
+    for ids in (tokens(3), tokens(2, 39)):
+        with pytest.raises(DataError, match="the reference is of 2 windows"):
+            evaluate(model, ids, reference)
 
 
 @pytest.mark.parametrize(
@@ -168,15 +189,15 @@ def test_what_the_config_does_not_tell_about_the_head_costs_the_divergence_but_n
 def test_a_scale_of_the_logits_is_part_of_the_reference(kind, scale):
     model, ids = other(kind, **scale), tokens()
     reference, score = make_reference(model, ids)
-    assert reference.missing == ""
+    assert reference.dense is not None
     assert score == evaluate(model, ids)
     again = evaluate(model, ids, reference)
     assert again.losses == score.losses
     assert again.kl == pytest.approx(0, abs=1e-5)
     with torch.no_grad():
         logits = model(ids[:1], use_cache=False).logits[0, :-1]
-        assert torch.equal(reference.logits(reference.hidden[0]), logits)
-        assert not torch.allclose(model.get_output_embeddings()(reference.hidden[0]), logits, rtol=0.1)
+        assert torch.equal(reference.dense.logits(reference.dense.hidden[0]), logits)
+        assert not torch.allclose(model.get_output_embeddings()(reference.dense.hidden[0]), logits, rtol=0.1)
     assert evaluate(other(kind, seed=1, **scale), ids, reference).kl > 1e-3
 
 
@@ -185,7 +206,7 @@ def test_a_scale_of_the_logits_is_part_of_the_reference(kind, scale):
 def test_a_model_in_half_precision_has_a_reference_too(kind, dtype):
     model, ids = tiny.make(kind, dtype=dtype), tokens()
     reference, _ = make_reference(model, ids)
-    assert reference.missing == ""
+    assert reference.dense is not None
     assert evaluate(model, ids, reference).kl == pytest.approx(0, abs=1e-3)
 
 

@@ -1,0 +1,203 @@
+"""What the float model predicted over some windows: kept in one small file, so that it runs once per model and text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from quantforge.errors import DataError, ResourceError
+from quantforge.evaluation.divergence import TopK, id_dtype
+from quantforge.store import write_bytes
+
+SCHEMA = "quantforge-reference-1"
+K = 128  # most probable tokens kept of each position: 19 MB for 48 windows of 512
+DENSE = 4  # windows whose whole distributions are compared, to tell how far below them the bound lies
+
+_ADVICE = "delete the file to have it made anew"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The float model's whole predictions over the first windows, as the inputs of its output head.
+
+    hidden  [windows, seq_len − 1, width]
+    logits  hidden → logits, by the float model's own head and what follows it
+    """
+
+    hidden: Tensor
+    logits: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The float model's predictions over some windows.
+
+    kept    of all of them, windows one after the other
+    losses  mean cross-entropy of each window, nats per token
+    dense   None where they could not be kept: what is not comparable then is the bound of the KL with its dense value
+    """
+
+    kept: TopK
+    losses: tuple[float, ...]
+    dense: Dense | None = None
+
+    def window(self, index: int) -> TopK:
+        """Return what is kept of one window."""
+        length = len(self.kept.ids) // len(self.losses)
+        return self.kept.rows(slice(index * length, (index + 1) * length))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a kept reference was made of, and with; all of it must be the same for it to be used.
+
+    model        fingerprint of the float model's files, and of what computed with them
+    tokens       `digest` of the token ids
+    windows      how many; predictions: windows × (seq_len − 1)
+    vocab        size of the vocabulary
+    k            tokens kept of each position, at most vocab
+    """
+
+    model: str
+    tokens: str
+    windows: int
+    predictions: int
+    vocab: int
+    k: int
+
+
+def made(model: str, ids: Tensor, vocab: int) -> Made:
+    """Return what a reference over ids [windows, seq_len] is made of; `model` is its fingerprint."""
+    windows, length = ids.shape
+    return Made(model, digest(ids), windows, windows * (length - 1), vocab, min(K, vocab))
+
+
+def digest(ids: Tensor) -> str:
+    """Return the SHA-256 of token ids as 64-bit integers in little-endian order, in hexadecimal."""
+    return sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def fingerprint(files: list[Path], *facts: str) -> str:
+    """Return the SHA-256 of the files' contents and names, and of facts such as versions and the device."""
+    found = sha256("\0".join(facts).encode())
+    for path in sorted(files):
+        found.update(b"\0" + path.name.encode("utf-8", "surrogateescape") + b"\0")
+        with path.open("rb") as file:
+            while part := file.read(2**22):
+                found.update(part)
+    return found.hexdigest()
+
+
+def pack(reference: Reference, made: Made) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a kept reference's file."""
+    kept = reference.kept
+    tensors = {
+        "ids": kept.ids.contiguous(),
+        "log_probs": kept.log_probs.contiguous(),
+        "top": kept.top.contiguous(),
+        "losses": torch.tensor(reference.losses, dtype=torch.float64),
+    }
+    metadata = {name: str(value) for name, value in asdict(made).items()}
+    return tensors, {"schema": SCHEMA, "content": _content(tensors), **metadata}
+
+
+def unpack(tensors: dict[str, Tensor], metadata: dict[str, str], made: Made) -> Reference:
+    """Return the reference that `pack` took apart.
+
+    Raises DataError, naming what differs, if it was not made of and with `made`, or is not as it was written.
+    """
+    for name, value in {"schema": SCHEMA, **asdict(made)}.items():
+        if metadata.get(name) != str(value):
+            found = metadata.get(name)
+            raise DataError(445, f"the kept reference was made for {name} {found!r}, not {str(value)!r}; {_ADVICE}.")
+    kind, rows = id_dtype(made.vocab), made.predictions
+    expected = {
+        "ids": (kind, (rows, made.k)),
+        "log_probs": (torch.float32, (rows, made.k + 1)),
+        "top": (kind, (rows,)),
+        "losses": (torch.float64, (made.windows,)),
+    }
+    for name, (dtype, shape) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
+            found = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
+            raise DataError(445, f"{name} in the reference is {found}, not {dtype} of shape {list(shape)}; {_ADVICE}.")
+    if metadata.get("content") != _content({name: tensors[name] for name in expected}):
+        raise DataError(445, f"the kept reference is damaged: its tensors are not the ones written; {_ADVICE}.")
+    kept = TopK(tensors["ids"], tensors["log_probs"], tensors["top"], made.vocab)
+    return Reference(kept, tuple(tensors["losses"].tolist()))
+
+
+def save(path: Path, reference: Reference, made: Made) -> None:
+    """Write a reference to one safetensors file, whole or not at all, replacing an old one; parents are made.
+
+    Raises ResourceError if it cannot be written.
+    """
+    write_bytes(path, to_bytes(*pack(reference, made)))
+
+
+def load(path: Path, made: Made) -> Reference:
+    """Read a reference that `save` wrote.
+
+    Raises DataError, naming the file, if it cannot be read, is damaged, or was not made of and with `made`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (OSError, SafetensorError) as error:
+        raise DataError(445, f"{path.name!r} cannot be read as a kept reference: {error}; {_ADVICE}.") from error
+    try:
+        return unpack(tensors, metadata, made)
+    except DataError as error:
+        raise DataError(error.number, f"{path.name!r}: {error.args[0]}") from error
+
+
+def get(folder: Path | None, made: Made, make: Callable[[], Reference]) -> Reference:
+    """Return the reference that is kept in `folder`, or make it and keep it there.
+
+    One that is damaged is made anew, and where none can be kept (or `folder` is None) each is made: that costs only
+    time.
+    """
+    if folder is None:
+        return make()
+    path = folder / f"{sha256(repr(made).encode()).hexdigest()[:32]}.safetensors"
+    with contextlib.suppress(DataError):
+        return load(path, made)
+    reference = make()
+    with contextlib.suppress(ResourceError):
+        save(path, reference, made)
+    return reference
+
+
+def after_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what the config says happens to the head's outputs: a divisor, a factor or a soft cap."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    fields = (getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
+    divisor, factor, cap = (value if isinstance(value, int | float) else None for value in fields)
+
+    def follow(logits: Tensor) -> Tensor:
+        if divisor:
+            logits = logits / divisor
+        if factor is not None:
+            logits = logits * factor
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return follow
+
+
+def _content(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bytes, in the order of their names."""
+    found = sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
