@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
@@ -27,6 +28,15 @@ def data_dir(kind: str) -> Path:
         if folder.is_dir():
             return folder
     raise ResourceError(520, f"the folder {kind!r} of quantforge's own files is missing: install quantforge again.")
+
+
+def cache_dir() -> Path | None:
+    """Return the folder for what can be made anew: $QUANTFORGE_CACHE, else the user's cache; None if that is empty."""
+    named = os.environ.get("QUANTFORGE_CACHE")
+    if named is not None:
+        return Path(named) if named else None
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "quantforge"
 
 
 def definitions(kind: str) -> dict[str, Path]:

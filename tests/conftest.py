@@ -1,5 +1,6 @@
 """What all tests share: one thread, reproducible examples, and layers to quantize."""
 
+import os
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -16,6 +17,7 @@ from quantforge.numerics.problem import Problem
 settings.register_profile("quantforge", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("quantforge")
 torch.set_num_threads(1)
+os.environ["QUANTFORGE_CACHE"] = ""  # nothing is taken over from earlier runs, and nothing left
 
 
 def _load(name: str) -> ModuleType:

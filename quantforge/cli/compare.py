@@ -15,6 +15,7 @@ from quantforge.cli.options import (
     parse_overrides,
     parse_settings,
     print_result,
+    tasks_options,
     weight_format,
     windows_option,
 )
@@ -22,7 +23,7 @@ from quantforge.errors import RecipeError
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option(
     "--methods",
     default="fp,rtn,gptq",
@@ -34,14 +35,16 @@ from quantforge.errors import RecipeError
 @calibration
 @click.option("--data", default="python-docs", show_default=True, metavar="SET|FILE", help="Evaluation text.")
 @windows_option
+@tasks_options
 @click.option(
     "--out", "-o", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the report."
 )
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder to keep every checkpoint in.")
 @click.option("--resume", is_flag=True, help="Take over the runs that an interrupted comparison left in --out.")
+@click.option("--isolate", is_flag=True, help="Measure each row in a process of its own; one that dies costs its row.")
 @machine
 def compare(
-    model: str | None,
+    models: tuple[str, ...],
     methods: str,
     bits: str,
     group_size: int | None,
@@ -57,14 +60,23 @@ def compare(
     seed: int,
     data: str,
     windows: int,
+    tasks: str,
+    suite: str | None,
+    task_dirs: tuple[Path, ...],
+    shots: int | None,
+    limit: int | None,
     out: Path,
     keep: Path | None,
     resume: bool,
+    isolate: bool,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Quantize MODEL by several methods and widths, and report perplexity, KL, bits, bytes and time side by side."""
+    """Quantize MODEL by several methods and widths, and report perplexity, KL, bits, bytes and time side by side.
+
+    Several MODELs, such as a small float model and a larger one to quantize, come into one report.
+    """
     widths = parse_list(bits)
     if not all(w.isdecimal() for w in widths):
         raise RecipeError(211, f"--bits {bits!r} is not a list of whole numbers, such as 4,3.")
@@ -72,7 +84,7 @@ def compare(
     from quantforge import record, report
 
     found = quantforge.compare(
-        model,
+        models or None,
         methods=parse_list(methods),
         bits=[int(w) for w in widths],
         group_size=group_size,
@@ -86,12 +98,18 @@ def compare(
         seed=seed,
         data=data,
         windows=windows or None,
+        tasks=parse_list(tasks),
+        suite=suite,
+        task_dirs=task_dirs,
+        shots=shots,
+        limit=limit,
         device=device,
         settings=parse_settings(settings),
         overrides=parse_overrides(overrides),
         out=out,
         keep=keep,
         resume=resume,
+        isolate=isolate,
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -71,6 +72,30 @@ def machine(command: Command) -> Command:
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
         click.option("--trust-remote-code", is_flag=True, help="Run code that the model folder brings."),
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
+    ):
+        command = option(command)
+    return command
+
+
+def tasks_options(command: Command) -> Command:
+    """Add what is said of zero-shot tasks."""
+    for option in (
+        click.option(
+            "--limit", type=click.IntRange(1), metavar="N", help="Items of each task from its start; default: all."
+        ),
+        click.option(
+            "--shots", type=click.IntRange(0), metavar="K", help="Examples before each item; default: the task's."
+        ),
+        click.option(
+            "--task-dir",
+            "task_dirs",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Folder of lm-eval task files; without --tasks all of its tasks are scored.",
+        ),
+        click.option("--suite", metavar="smoke|standard", help="Score ours, which need no network, or the papers'."),
+        click.option("--tasks", default="", metavar="TASK,…", help="Score these tasks: lm-eval's, or of --task-dir."),
     ):
         command = option(command)
     return command

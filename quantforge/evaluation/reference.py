@@ -86,17 +86,6 @@ def digest(ids: Tensor) -> str:
     return sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def fingerprint(files: list[Path], *facts: str) -> str:
-    """Return the SHA-256 of the files' contents and names, and of facts such as versions and the device."""
-    found = sha256("\0".join(facts).encode())
-    for path in sorted(files):
-        found.update(b"\0" + path.name.encode("utf-8", "surrogateescape") + b"\0")
-        with path.open("rb") as file:
-            while part := file.read(2**22):
-                found.update(part)
-    return found.hexdigest()
-
-
 def pack(reference: Reference, made: Made) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a kept reference's file."""
     kept = reference.kept

@@ -6,12 +6,14 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants, snapshot_download
 from safetensors.torch import load_file
 from torch import nn
@@ -49,6 +51,13 @@ class Source:
     folder: check.Folder | None = None
     trust_remote_code: bool = False
 
+    def fingerprint(self, device: str) -> str:
+        """Return a digest of the files, and of the versions and the kind of device that compute with them."""
+        files = {self.path / self.gguf} if self.gguf else {self.path / "config.json"}
+        if self.folder is not None:
+            files |= {tensor.file for tensor in self.folder.tensors.values()}
+        return fingerprint(files, torch.__version__, transformers.__version__, device)
+
     def skeleton(self) -> nn.Module:
         """Return the model on the meta device: every layer and shape, no weights; checked against the files.
 
@@ -62,6 +71,17 @@ class Source:
             check.check_names_and_shapes(self.folder, model)
         moe.unfuse(model)
         return model
+
+
+def fingerprint(files: Iterable[Path], *facts: str) -> str:
+    """Return the SHA-256 of the files' contents and names, and of facts such as versions and the device."""
+    found = sha256("\0".join(facts).encode())
+    for path in sorted(files):
+        found.update(b"\0" + path.name.encode("utf-8", "surrogateescape") + b"\0")
+        with path.open("rb") as file:
+            while part := file.read(2**22):
+                found.update(part)
+    return found.hexdigest()
 
 
 def find(model: str | None, *, trust_remote_code: bool = False) -> Source:

@@ -14,7 +14,7 @@ from quantforge.errors import DataError, ResourceError
 from quantforge.evaluation import reference as references
 from quantforge.evaluation.divergence import top_k
 from quantforge.evaluation.perplexity import evaluate, make_reference, with_dense
-from quantforge.evaluation.reference import Made, Reference, digest, fingerprint, made, pack, unpack
+from quantforge.evaluation.reference import Made, Reference, digest, made, pack, unpack
 from quantforge.models import tiny
 
 WINDOWS, LENGTH = 3, 5
@@ -122,20 +122,6 @@ def test_the_digest_tells_texts_apart_but_not_types():
     ids = tokens()
     assert digest(ids) == digest(ids.int())
     assert digest(ids) != digest(ids.flip(0))
-
-
-def test_the_fingerprint_tells_contents_names_and_facts_apart(tmp_path):
-    one, two = tmp_path / "a", tmp_path / "b"
-    one.write_bytes(b"x")
-    two.write_bytes(b"y")
-    found = fingerprint([one, two], "torch 2")
-    assert found == fingerprint([two, one], "torch 2")
-    others = [fingerprint([one, two], "torch 3"), fingerprint([one], "torch 2")]
-    two.write_bytes(b"z")
-    others.append(fingerprint([one, two], "torch 2"))
-    two.rename(tmp_path / "c")
-    others.append(fingerprint([one, tmp_path / "c"], "torch 2"))
-    assert len({found, *others}) == 5
 
 
 def test_a_reference_is_made_once_and_again_only_if_it_is_damaged(tmp_path):

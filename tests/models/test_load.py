@@ -157,3 +157,17 @@ def test_code_is_fetched_and_let_run_only_for_a_model_that_is_trusted(saved, mon
     load.read_tokenizer(saved)
     load.read_tokenizer(saved, gguf="x.gguf")
     assert [more["trust_remote_code"] for more in told] == [trusted, False, False]
+
+
+def test_the_fingerprint_tells_contents_names_and_facts_apart(tmp_path):
+    one, two = tmp_path / "a", tmp_path / "b"
+    one.write_bytes(b"x")
+    two.write_bytes(b"y")
+    found = load.fingerprint([one, two], "torch 2")
+    assert found == load.fingerprint([two, one], "torch 2")
+    others = [load.fingerprint([one, two], "torch 3"), loading.fingerprint([one], "torch 2")]
+    two.write_bytes(b"z")
+    others.append(load.fingerprint([one, two], "torch 2"))
+    two.rename(tmp_path / "c")
+    others.append(load.fingerprint([one, tmp_path / "c"], "torch 2"))
+    assert len({found, *others}) == 5

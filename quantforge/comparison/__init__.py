@@ -1,0 +1,370 @@
+"""Several methods on one model or several, the same text and the same evaluator, in one report."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantforge import api, exporters, pipeline, record, report, resources
+from quantforge.comparison import cells, isolated, wishes
+from quantforge.comparison.cells import Ground, Tasks
+from quantforge.comparison.wishes import DTYPES, FLOAT, Request
+from quantforge.errors import PlanError, RecipeError
+from quantforge.evaluation import histograms, perplexity, zeroshot
+from quantforge.evaluation import reference as references
+from quantforge.evaluation.perplexity import Score
+from quantforge.evaluation.reference import DENSE, Reference
+from quantforge.memory import in_use
+from quantforge.models import activations
+from quantforge.models import load as loading
+from quantforge.models.kvcache import KVFormat
+from quantforge.plan import Plan, check_export, make
+from quantforge.progress import bar
+from quantforge.record import Origin, Report, Run
+from quantforge.store import check_target, check_writable, write_text
+
+__all__ = ["FLOAT", "PROTOCOL", "Request", "compare", "keep_weights", "restore_weights"]
+
+PROTOCOL = (
+    "perplexity = exp of the mean over non-overlapping windows, from the start of the text, of the mean cross-entropy "
+    "of their seq_len − 1 predictions; KL = mean over the same predictions of KL(float ‖ quantized), of the 128 most "
+    "probable tokens and the rest as one: a lower bound; float32 throughout"
+)
+
+
+def compare(
+    model: str | Path | Sequence[str | Path] | None = None,
+    *,
+    methods: Sequence[str] = (FLOAT, "rtn", "gptq"),
+    bits: Sequence[int] = (4,),
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    weights: str | None = None,
+    inputs: str | None = None,
+    calibration: str = "python-docs",
+    samples: int = 64,
+    seq_len: int = 512,
+    shuffle: bool = False,
+    seed: int = 0,
+    data: str = "python-docs",
+    windows: int | None = 48,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    task_dirs: Sequence[str | Path] = (),
+    shots: int | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
+    settings: dict[str, Any] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    out: str | Path | None = None,
+    keep: str | Path | None = None,
+    resume: bool = False,
+    isolate: bool = False,
+    trust_remote_code: bool = False,
+    command: str = "",
+) -> Report:
+    """Quantize a model by each of `methods` at each of `bits`, score every result, and report.
+
+    model    a folder, a hub id, None for the demo model, or several: each gets all rows
+    methods  names from `quantforge methods`, two joined by "+", a suite such as "all-weights" (which brings its own
+             widths), "kv:int8-token" for the float model decoded through a cache that is stored so, "fp-bfloat16" for
+             the float model computed in another dtype, and "fp" for the float model, which always runs
+    weights  one format for all methods, in place of `bits`
+    tasks    zero-shot tasks that every row is scored on too; suite, task_dirs, shots and limit as for `evaluate`
+    keep     a folder that receives the checkpoint of every run, named by its label
+    out      a folder for report.json, report.md and report.html
+    resume   take over the runs of a report.json in `out` that was made on the same tokens, versions and machine, as a
+             comparison leaves it that was interrupted
+    isolate  measure each row in a process of its own: one that dies costs its row only
+    command  the command line, for the report
+
+    The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
+    weight is read. Raises the subclasses of QuantForgeError.
+    """
+    models = [model] if model is None or isinstance(model, str | Path) else list(model)
+    if not models or len(set(map(str, models))) < len(models):
+        raise RecipeError(224, "there is nothing to compare: name at least one model, and each once.")
+    wanted = api.wished_tasks(tasks, suite, tuple(map(Path, task_dirs)))
+    requests = [
+        Request(
+            model=None if one is None else str(one),
+            methods=tuple(methods),
+            bits=tuple(bits),
+            group_size=group_size,
+            symmetric=symmetric,
+            weights=weights,
+            inputs=inputs,
+            calibration=str(calibration),
+            samples=samples,
+            seq_len=seq_len,
+            shuffle=shuffle,
+            seed=seed,
+            data=str(data),
+            windows=windows,
+            tasks=wanted,
+            shots=shots,
+            limit=limit,
+            task_dirs=tuple(map(str, task_dirs)),
+            device=device,
+            settings=dict(settings or {}),
+            overrides={pattern: dict(wish) for pattern, wish in (overrides or {}).items()},
+            keep=None if keep is None else str(keep if len(models) == 1 else Path(keep) / _folder(one)),
+            trust_remote_code=trust_remote_code,
+            command=command,
+        )
+        for one in models
+    ]
+    ready = [prepare(request) for request in requests]
+    place = None if out is None else Path(out)
+    own = [place if place is None or len(ready) == 1 else place / _folder(one) for one in models]
+    for job, folder in zip(ready, own, strict=True):
+        _check_folders(job, folder, resume=resume)
+    found = [_measure(job, folder, resume=resume, isolate=isolate) for job, folder in zip(ready, own, strict=True)]
+    whole = found[0] if len(found) == 1 else report.merge(found)
+    if place is not None:
+        report.write(whole, place)
+    return whole
+
+
+def _folder(model: str | Path | None) -> str:
+    """Return the folder of one model's part of a comparison of several."""
+    return "demo" if model is None else Path(model).name
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request whose rows are planned and whose tokens are read, before any weight is.
+
+    plans, caches, dtypes  the rows by label, apart from the float model
+    calib, ids             token ids to calibrate and to evaluate on; calib_from, data_from: where they came from
+    """
+
+    request: Request
+    source: loading.Source
+    skeleton: nn.Module
+    tokenizer: Any
+    plans: dict[str, Plan]
+    caches: dict[str, KVFormat]
+    dtypes: dict[str, torch.dtype]
+    calib: Tensor
+    calib_from: dict[str, Any]
+    ids: Tensor
+    data_from: dict[str, Any]
+    tasks: Tasks | None
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Return what the row of each label is made with: only a row made so can be taken over."""
+        return {
+            **{label: wishes.told(plan) for label, plan in self.plans.items()},
+            **{label: {"cache": str(fmt)} for label, fmt in self.caches.items()},
+            **{label: {"dtype": str(dtype).removeprefix("torch.")} for label, dtype in self.dtypes.items()},
+        }
+
+
+def prepare(request: Request) -> Job:
+    """Plan every row, read the texts and check the tasks; all of it before any weight is read."""
+    recipes = wishes.recipes(request)
+    loading.check_device(request.device)
+    source = loading.find(request.model, trust_remote_code=request.trust_remote_code)
+    caches = wishes.caches(request.methods, source.config)
+    skeleton = source.skeleton()
+    plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
+    tasks = None
+    if request.tasks:
+        folders = tuple(map(Path, request.task_dirs))
+        zeroshot.check(request.tasks, folders, shots=request.shots, limit=request.limit)
+        tasks = Tasks(request.tasks, request.shots, request.limit, request.seed, folders)
+    tokenizer = loading.tokenizer(source)
+    tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=request.seq_len)
+    calib, calib_from = tokens(
+        request.calibration, "calibration", count=request.samples, shuffle=request.shuffle, seed=request.seed
+    )
+    ids, data_from = tokens(request.data, "evaluation", count=request.windows)
+    data_from = data_from | {"text_bytes": _text_bytes(ids, tokenizer)}
+    if tasks is not None:
+        data_from["tasks"] = {"names": list(tasks.names), "shots": tasks.shots, "limit": tasks.limit}
+    dtypes = {name: DTYPES[name] for name in request.methods if name in DTYPES}
+    return Job(request, source, skeleton, tokenizer, plans, caches, dtypes, calib, calib_from, ids, data_from, tasks)
+
+
+def _text_bytes(ids: Tensor, tokenizer: Any) -> int:
+    """Return the UTF-8 bytes of the text that is predicted: all of each window but its first token."""
+    texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+    firsts = tokenizer.batch_decode(ids[:, :1], clean_up_tokenization_spaces=False)
+    whole, skipped = (sum(len(text.encode("utf-8", "replace")) for text in part) for part in (texts, firsts))
+    return whole - skipped
+
+
+def _measure(job: Job, out: Path | None, *, resume: bool, isolate: bool) -> Report:
+    """Measure every row of a job that is not done already; each is written as it comes."""
+    done = _done(out, job) if resume and out is not None else {}
+    together = functools.cache(lambda: _together(job, done))
+    runs: list[Run] = []
+    for label in (FLOAT, *job.dtypes, *job.plans, *job.caches):
+        if label in done:
+            runs.append(done[label])
+        else:
+            runs.append(isolated.measure(job.request, label) if isolate else together()(label))
+        if out is not None:  # what is done is not lost, whatever becomes of the runs to come
+            write_text(out / "report.json", record.to_json(_report(job, runs)))
+    return _report(job, runs)
+
+
+def measure_one(request: Request, label: str) -> Run:
+    """Measure one row of a request alone, as a process of its own does."""
+    job = prepare(request)
+    done = {other: cells.failed(other, "") for other in job.options() if other != label}
+    return _together(job, done)(label)
+
+
+def _together(job: Job, done: Mapping[str, Run]) -> Callable[[str], Run]:
+    """Load the model, and return what measures a row on it: weights are put back before each."""
+    built = loading.model(job.source, job.request.device)
+    reference, score = _reference(job, built)
+    plans = {label: plan for label, plan in job.plans.items() if label not in done}
+    kept = keep_weights(built, plans.values())
+    rounded = {label: plan for label, plan in plans.items() if _only_rounds(plan)}
+    losses = pipeline.float_losses(built, rounded, job.calib) if rounded else {}
+    layers = list(dict.fromkeys(name for plan in plans.values() for name in plan.layers))
+    spreads = histograms.layers(built, layers, job.ids[:1])
+    ground = Ground(
+        job.source, job.tokenizer, job.calib, job.calib_from, job.ids, reference, spreads, job.tasks,
+        in_use(torch.device(job.request.device)), None if job.request.keep is None else Path(job.request.keep),
+    )  # fmt: skip
+    level = functools.cache(lambda: cells.float_model(score, job.skeleton, built, ground))
+
+    def measure(label: str) -> Run:
+        restore_weights(built, kept)
+        if label in job.plans:
+            return cells.quantized(label, job.plans[label], built, ground, losses.get(label))
+        if label in job.caches:
+            return cells.cached(label, job.caches[label], built, ground, level())
+        if label in job.dtypes:
+            return cells.in_dtype(label, job.dtypes[label], built, ground, level())
+        return level()
+
+    return measure
+
+
+def _reference(job: Job, model: nn.Module) -> tuple[Reference, Score]:
+    """Return what the float model predicts, kept from an earlier comparison if there was one, and its score."""
+    ids, scores = job.ids, list[Score]()
+    vocab = job.source.config.get_text_config().vocab_size
+    made = references.made(job.source.fingerprint(job.request.device), ids, vocab)
+
+    def make() -> Reference:
+        with bar(FLOAT, len(ids)) as step:
+            reference, score = perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
+        scores.append(score)
+        return reference
+
+    found = references.get(resources.cache_dir(), made, make)
+    if scores:
+        return found, scores[0]
+    dense, first = perplexity.make_reference(model, ids[:DENSE], k=1)
+    score = Score(found.losses, tokens_per_second=first.tokens_per_second)
+    return Reference(found.kept, found.losses, dense.dense), score
+
+
+def _only_rounds(plan: Plan) -> bool:
+    """Tell whether a method tells no output losses of its own: it only rounds, and collects no Hessian."""
+    return plan.needs <= {"extremes"} and not plan.recipe.transforms and not plan.recipe.tuners
+
+
+def _report(job: Job, runs: Sequence[Run]) -> Report:
+    origin = Origin(
+        model=job.source.name,
+        model_notes=job.source.notes,
+        calibration=job.calib_from,
+        evaluation=job.data_from,
+        machine=record.machine(),
+        versions=record.versions(),
+        command=job.request.command,
+        created=datetime.date.today().isoformat(),
+    )
+    return Report(record.SCHEMA, PROTOCOL, (origin,), tuple(runs))
+
+
+def _done(out: Path, job: Job) -> dict[str, Run]:
+    """Return the runs of the report in `out` by label, those that are wished just so; PlanError if it is another
+    model's, or made on other tokens, versions or machines."""
+    if not (out / "report.json").exists():
+        return {}
+    found = record.from_json((out / "report.json").read_text(encoding="utf-8"))
+    ours, theirs = _report(job, ()).origins[0], found.origins[0]
+    names = {
+        "model": "model",
+        "calibration": "calibration tokens",
+        "evaluation": "evaluation tokens or tasks",
+        "versions": "versions",
+        "machine": "machine",
+    }
+    for name, words in names.items():
+        if len(found.origins) > 1 or getattr(ours, name) != getattr(theirs, name):
+            raise PlanError(272, f"--resume: the report in {out} was made with other {words}; leave --resume out.")
+    if found.protocol != PROTOCOL:
+        raise PlanError(272, f"--resume: the report in {out} was made by another protocol; leave --resume out.")
+    wished = job.options() | {FLOAT: {}}
+    return {run.label: run for run in found.runs if run.options == wished.get(run.label)}
+
+
+def keep_weights(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:
+    """Return copies of the parameters that any plan will overwrite, by name.
+
+    Quantized layers are kept in the checkpoint's dtype, which holds them exactly. Where a plan rescales the model
+    first, so is all else that scales can reach: norms, biases, routers; embeddings they cannot.
+    """
+    plans = list(plans)
+    layers = {f"{name}.weight": plan.dtype for plan in plans for name in plan.layers}
+    fixed = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}  # type: ignore[operator]
+    rescaled = any(plan.recipe.transforms for plan in plans)
+    return {
+        name: p.detach().to(layers.get(name, p.dtype), copy=True)
+        for name, p in model.named_parameters()
+        if name in layers or (rescaled and id(p) not in fixed)
+    }
+
+
+def restore_weights(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+    """Put the parameters back that `keep_weights` kept, and let no layer round its inputs."""
+    activations.remove(model.modules())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in originals:
+                parameter.copy_(originals[name])
+
+
+def _check_folders(job: Job, out: Path | None, *, resume: bool) -> None:
+    if out is not None:
+        _check_report_folder(out, job.source.path)
+    if job.request.keep is not None:
+        _check_kept(Path(job.request.keep), job.plans, job.source, resume=resume)
+
+
+def _check_report_folder(out: Path, model: Path) -> None:
+    """Refuse, before any work, a report folder that lies in the model's, is a file, or cannot be written."""
+    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
+        raise PlanError(266, f"--out {out} is the model's own folder or lies in it; choose another folder.")
+    if os.path.lexists(out) and not out.is_dir():
+        raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
+    check_writable(out)
+
+
+def _check_kept(keep: Path, plans: Mapping[str, Plan], source: loading.Source, *, resume: bool) -> None:
+    """Refuse, before any work, what no format holds, checkpoints that are there already, and runs taken over."""
+    if resume:
+        raise PlanError(273, "--resume takes over runs without their checkpoints; leave --keep out.")
+    for label, plan in plans.items():
+        check_export(plan, exporters.choose(plan))
+        target = keep / label
+        if os.path.lexists(target):
+            raise PlanError(271, f"--keep {target} exists; choose another folder, or remove it first.")
+        check_target(target, overwrite=False, inputs=(source.path,))
