@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,11 @@ from transformers import PreTrainedModel
 from quantforge import checkpoint, exporters, pipeline, recipe
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
-from quantforge.errors import DataError, PlanError, clean
-from quantforge.evaluation import decoding, perplexity
+from quantforge.errors import DataError, PlanError, RecipeError, clean, pick
+from quantforge.evaluation import decoding, perplexity, rolling, zeroshot
 from quantforge.evaluation.perplexity import Score
+from quantforge.evaluation.rolling import RollingScore
+from quantforge.evaluation.zeroshot import TaskScore
 from quantforge.memory import PeakMemory
 from quantforge.models import activations, check
 from quantforge.models import load as loading
@@ -228,13 +231,16 @@ def check_length(config: Any, seq_len: int) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The perplexity of a model, and on what.
+    """What a model scored, and on what.
 
-    perplexity       exp of the mean over windows of the mean cross-entropy of their seq_len − 1 predictions
+    perplexity       per token: exp of the mean over windows of the mean cross-entropy of their seq_len − 1 predictions;
+                     NaN where tasks or whole documents were scored instead
     model            its name
-    data             where the tokens came from
+    data             where the tokens came from; empty with tasks
     kv               how the cache was stored through which it was decoded; None: no cache, all tokens at once
     bytes_per_token  of that cache, measured
+    tasks            scores of tasks
+    rolling          word and byte perplexity of whole documents
     """
 
     perplexity: float
@@ -242,10 +248,20 @@ class Evaluation:
     data: dict[str, Any]
     kv: str | None = None
     bytes_per_token: float | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    rolling: RollingScore | None = None
 
     def record(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
-        return asdict(self)
+        return {
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
+            "model": self.model,
+            "data": self.data,
+            "kv": self.kv,
+            "bytes_per_token": self.bytes_per_token,
+            "tasks": [task.record() for task in self.tasks],
+            "rolling": None if self.rolling is None else self.rolling.record(),
+        }
 
 
 def evaluate(
@@ -255,45 +271,146 @@ def evaluate(
     seq_len: int = 512,
     windows: int | None = 48,
     kv: str | None = None,
+    rolling: bool = False,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    task_dirs: Sequence[str | Path] = (),
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
     device: str = "cpu",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Return the perplexity of a float model, or of a quantized checkpoint, computed in float32.
+    """Return the perplexity of a float model or of a quantized checkpoint, or what it scores on tasks, in float32.
 
-    model    a folder, a hub id, None for the demo model, or a model in memory
-    data     a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
-    windows  how many non-overlapping windows from the start; None takes all
-    kv       "int8-token", "int4-kivi-g32-w32", …: decode token by token, all windows at once, through a cache that is
-             stored so; PlanError for another notation
+    model       a folder, a hub id, None for the demo model, or a model in memory
+    data        a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
+    windows     how many non-overlapping windows from the start; None takes all
+    kv          "int8-token", "int4-kivi-g32-w32", …: decode token by token, all windows at once, through a cache that
+                is stored so; PlanError for another notation
+    rolling     word and byte perplexity of whole documents, read in windows of `seq_len` tokens, instead: the lines of
+                a .jsonl file, else the whole text, up to `windows` · `seq_len` tokens
+    tasks       names of tasks or groups, of `task_dirs`, our own or lm-eval's, and of a `suite`: "smoke" or "standard";
+                with any only tasks are scored; of `task_dirs` alone all tasks are
+    shots       examples before each item, drawn by `seed`; None: what each task says
+    limit       items of each task from its start; None: all
+    batch_size  texts or windows that go through the model at once with tasks or `rolling`
+
+    Everything that needs no weights is checked before they are read. Raises the subclasses of QuantForgeError.
     """
     loading.check_device(device)
+    folders = tuple(map(Path, task_dirs))
+    wanted = wished_tasks(tasks, suite, folders)
+    check_together(bool(wanted), rolling=rolling, kv=kv, counts=(shots, limit))
     cache = None if kv is None else cache_format(kv)
-    data = _checked(data, "evaluation")
-    build: Callable[[], nn.Module]
-    if isinstance(model, nn.Module):
-        name, config, build = type(model).__name__, model.config, lambda: model
-    elif model is not None and checkpoint.is_quantized(Path(model)):
-        folder = Path(model)
-        name, config = clean(folder.name), checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
-        if not isinstance(data, Tensor):
-            tokenizer = tokenizer or loading.read_tokenizer(folder, trust_remote_code=trust_remote_code)
-        build = functools.partial(_dequantized, folder, device, trust_remote_code)
-    else:
-        source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
-        source.skeleton()
-        tokenizer = tokenizer or loading.tokenizer(source)
-        name, config, build = source.name, source.config, functools.partial(loading.model, source, device)
-    ids, provenance = token_ids(data, "evaluation", tokenizer=tokenizer, config=config, seq_len=seq_len, count=windows)
+    if wanted:
+        zeroshot.check(wanted, folders, shots=shots, limit=limit, batch_size=batch_size)
+    data = "" if wanted else _checked(data, "evaluation")
+    opened = _open(model, device, tokenizer, trust_remote_code, reads=bool(wanted) or not isinstance(data, Tensor))
+    if wanted:
+        _need_tokenizer(opened, "tasks")
+        built = opened.build()
+        scores = zeroshot.evaluate(
+            built,
+            opened.tokenizer,
+            wanted,
+            shots=shots,
+            limit=limit,
+            seed=seed,
+            batch_size=1 if mixes_tokens(built) else batch_size,
+            folders=folders,
+        )
+        return Evaluation(math.nan, opened.name, {}, tasks=scores)
+    if rolling:
+        return _rolling(opened, data, seq_len, windows, batch_size)
+    ids, provenance = token_ids(
+        data, "evaluation", tokenizer=opened.tokenizer, config=opened.config, seq_len=seq_len, count=windows
+    )
     if cache is not None:
-        KVCache(cache, config)  # which refuses a model that it is not for
-    built = build()
+        KVCache(cache, opened.config)  # which refuses a model that it is not for
+    built = opened.build()
     if cache is not None:
         score, size = decode(built, ids, cache)
-        return Evaluation(score.perplexity, name, provenance, kv, size)
+        return Evaluation(score.perplexity, opened.name, provenance, kv, size)
     with bar("perplexity", len(ids)) as step:
         score = perplexity.evaluate(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
-    return Evaluation(score.perplexity, name, provenance)
+    return Evaluation(score.perplexity, opened.name, provenance)
+
+
+def check_together(tasks: bool, *, rolling: bool, kv: str | None, counts: tuple[int | None, int | None]) -> None:
+    """Raise RecipeError for wishes that exclude each other; `counts` are the shots and the limit of tasks."""
+    if tasks and (rolling or kv is not None):
+        raise RecipeError(225, f"with tasks only tasks are scored: leave out {'rolling' if rolling else 'kv'}.")
+    if rolling and kv is not None:
+        raise RecipeError(225, "rolling log-likelihoods are not decoded through a cache: leave out kv or rolling.")
+    if not tasks and counts != (None, None):
+        raise RecipeError(225, "shots and limit are for tasks, and none was named: add --tasks or --suite smoke.")
+
+
+def mixes_tokens(model: nn.Module) -> bool:
+    """Tell whether tokens share the range that inputs are rounded in, so that texts of one batch change each other."""
+    gates = filter(None, map(activations.find, model.modules()))
+    return any(gate.rounds is not None and gate.rounds.inputs.mixes_tokens for gate in gates)
+
+
+def wished_tasks(tasks: Sequence[str], suite: str | None, folders: Sequence[Path]) -> tuple[str, ...]:
+    """Return the names of the tasks that are to be scored; none if no task was asked for."""
+    named = (*tasks, *(zeroshot.SUITES[pick("suite", suite, zeroshot.SUITES)] if suite is not None else ()))
+    return tuple(dict.fromkeys(named or zeroshot.everything(folders)))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model that is known and checked, and not yet read."""
+
+    name: str
+    config: Any
+    tokenizer: Any
+    build: Callable[[], nn.Module]
+
+
+def _open(model: str | Path | nn.Module | None, device: str, tokenizer: Any, trusted: bool, *, reads: bool) -> _Opened:
+    """Find a model and its tokenizer; a quantized checkpoint's only if text is to be read with it."""
+    if isinstance(model, nn.Module):
+        return _Opened(type(model).__name__, model.config, tokenizer, lambda: model)
+    if model is not None and checkpoint.is_quantized(Path(model)):
+        folder = Path(model)
+        config = checkpoint.read_config(folder, trust_remote_code=trusted)
+        if reads:
+            tokenizer = tokenizer or loading.read_tokenizer(folder, trust_remote_code=trusted)
+        return _Opened(clean(folder.name), config, tokenizer, functools.partial(_dequantized, folder, device, trusted))
+    source = loading.find(None if model is None else str(model), trust_remote_code=trusted)
+    source.skeleton()
+    tokenizer = tokenizer or loading.tokenizer(source)
+    return _Opened(source.name, source.config, tokenizer, functools.partial(loading.model, source, device))
+
+
+def _need_tokenizer(opened: _Opened, what: str) -> None:
+    if opened.tokenizer is None:
+        raise DataError(442, f"{what} need a tokenizer; pass tokenizer=.")
+    check.check_tokenizer(opened.tokenizer, opened.config, opened.name)
+
+
+def _rolling(opened: _Opened, data: str | Tensor, seq_len: int, windows: int | None, batch_size: int) -> Evaluation:
+    if isinstance(data, Tensor):
+        raise DataError(442, "words and bytes are counted in text: give a set's name or a file in place of token ids.")
+    _need_tokenizer(opened, "documents")
+    check_length(opened.config, seq_len)
+    zeroshot.check_counts(None, None, batch_size)
+    documents, provenance = corpus.load_documents(data, "evaluation")
+    if windows is not None:
+        documents = rolling.cut(documents, opened.tokenizer, windows * seq_len)
+    built = opened.build()
+    score = rolling.evaluate(
+        built,
+        opened.tokenizer,
+        documents,
+        window=seq_len,
+        batch_size=1 if mixes_tokens(built) else batch_size,
+    )
+    return Evaluation(math.nan, opened.name, provenance, rolling=score)
 
 
 def decode(model: nn.Module, ids: Tensor, fmt: KVFormat) -> tuple[Score, float]:
@@ -301,9 +418,7 @@ def decode(model: nn.Module, ids: Tensor, fmt: KVFormat) -> tuple[Score, float]:
 
     Many windows are decoded at once, but one at a time where tokens share the range that their inputs are rounded in.
     """
-    gates = filter(None, map(activations.find, model.modules()))
-    mixes = any(gate.rounds is not None and gate.rounds.inputs.mixes_tokens for gate in gates)
-    parts = torch.split(ids, 1 if mixes else DECODED)
+    parts = torch.split(ids, 1 if mixes_tokens(model) else DECODED)
     scores = []
     with bar(f"decoding through {fmt}", (ids.shape[1] - 1) * len(parts)) as step:
         for part in parts:

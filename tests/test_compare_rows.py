@@ -116,6 +116,14 @@ def test_the_bytes_of_the_text_are_those_of_what_is_predicted(made, shared):
     assert made[0].origins[0].evaluation["text_bytes"] == pytest.approx(expected, abs=12)
 
 
+def test_text_that_was_calibrated_on_is_told(made, shared):
+    assert "overlap" not in made[0].origins[0].evaluation
+    wish = {**shared, "data": shared["calibration"], "windows": 2}
+    assert quantforge.compare(TINY, methods=["gptq"], **wish).origins[0].evaluation["overlap"] == 1
+    found = quantforge.compare(TINY, methods=["rtn"], **wish)  # rounds, and calibrates on nothing
+    assert "overlap" not in found.origins[0].evaluation
+
+
 def test_the_record_is_read_as_it_was_written(made):
     again = record.from_json((made[1] / "report.json").read_text(encoding="utf-8"))
     assert record.to_json(again) == record.to_json(made[0])

@@ -193,10 +193,11 @@ def measured(name: str, folder: str, report: Report) -> list[str]:
     if not runs:
         return []
     base = [run for run in report.runs if run.bits is None]
-    calibrated, scored = report.calibration, report.evaluation
+    origin = report.origins[0]
+    calibrated, scored = origin.calibration, origin.evaluation
     return [
         escape_markdown(
-            f"{report.model}, {scored.get('count')} windows of {scored.get('seq_len')} tokens of {scored.get('name')}; "
+            f"{origin.model}, {scored.get('count')} windows of {scored.get('seq_len')} tokens of {scored.get('name')}; "
             f"calibrated, where it needs data, on {calibrated.get('count')} of {calibrated.get('name')}."
         )
         + f" The whole comparison: [{folder}](../../reports/{folder}/report.md).",

@@ -24,7 +24,8 @@ def refreshed(text: str, root: Path = ROOT) -> str:
         if slot[2] == "methods" and not file.exists():
             return slot[0]
         found = record.from_json(file.read_text(encoding="utf-8"))
-        facts = f"`{found.command}`, {found.machine.get('processor', 'unknown processor')}, {found.created}"
+        made = (f"`{o.command}`, {o.machine.get('processor', 'unknown processor')}, {o.created}" for o in found.origins)
+        facts = "\n\n".join(made)
         table = report.table(found) if slot[2] == "table" else methods(found)
         return f"{slot[1]}\n{table}\n\n{facts}\n{slot[4]}"
 

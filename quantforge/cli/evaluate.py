@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from quantforge.cli.options import machine, print_result, windows_option
+from quantforge.cli.options import machine, parse_list, print_result, windows_option
+
+if TYPE_CHECKING:
+    from quantforge.api import Evaluation
+    from quantforge.evaluation.zeroshot import TaskScore
 
 
 @click.command()
@@ -15,6 +22,17 @@ from quantforge.cli.options import machine, print_result, windows_option
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
 @windows_option
 @click.option("--kv", metavar="FORMAT", help="Decode through a cache stored so, e.g. int8-token, int4-kivi-g32-w32.")
+@click.option("--rolling", is_flag=True, help="Word and byte perplexity of whole documents, as lm-eval has them.")
+@click.option("--tasks", default="", metavar="TASK,…", help="Score these tasks instead: lm-eval's, or of --task-dir.")
+@click.option("--suite", metavar="smoke|standard", help="Score these tasks: ours without a network, or the papers'.")
+@click.option(
+    "--task-dir", "task_dirs", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="Folder of lm-eval task files; without --tasks all of its tasks are scored.",
+)  # fmt: skip
+@click.option("--shots", type=click.IntRange(0), metavar="K", help="Examples before each item; default: the task's.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Items of each task from its start; default: all.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of --shots.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="With tasks or --rolling.")
 @machine
 def evaluate(
     model: str | None,
@@ -22,11 +40,23 @@ def evaluate(
     seq_len: int,
     windows: int,
     kv: str | None,
+    rolling: bool,
+    tasks: str,
+    suite: str | None,
+    task_dirs: tuple[Path, ...],
+    shots: int | None,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Print the perplexity of MODEL: a float model, or a quantized checkpoint."""
+    """Print the perplexity of MODEL, or what it scores on tasks: a float model, or a quantized checkpoint.
+
+    Perplexity is per token over windows of --seq-len tokens, as papers have it; with --rolling per word and per byte,
+    as lm-eval has it. With --tasks, --suite or --task-dir only tasks are scored.
+    """
     import quantforge
 
     found = quantforge.evaluate(
@@ -35,15 +65,59 @@ def evaluate(
         seq_len=seq_len,
         windows=windows or None,
         kv=kv,
+        rolling=rolling,
+        tasks=parse_list(tasks),
+        suite=suite,
+        task_dirs=task_dirs,
+        shots=shots,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    if as_json:
-        print_result(json.dumps(found.record()))
-    else:
-        count = found.data.get("count")
-        through = "" if kv is None else f", decoded through a cache of {found.bytes_per_token:,.0f} bytes a token"
-        print_result(
-            f"{found.model}: perplexity {found.perplexity:.3f} on {count} x {seq_len} tokens of {found.data['name']}"
-            f"{through}"
+    print_result(json.dumps(found.record()) if as_json else _text(found))
+
+
+def _text(found: Evaluation) -> str:
+    if found.tasks:
+        return f"{found.model}, right answers:\n{_table(found.tasks)}"
+    if found.rolling is not None:
+        score = found.rolling
+        return (
+            f"{found.model}: word perplexity {score.word_perplexity:.3f}, byte perplexity {score.byte_perplexity:.4f} "
+            f"({score.bits_per_byte:.4f} bits per byte), token perplexity {score.token_perplexity:.3f}, rolling over "
+            f"{sum(score.words):,} words, {sum(score.bytes):,} bytes, {sum(score.tokens):,} tokens of "
+            f"{found.data['name']} in windows of {score.window}"
         )
+    through = "" if found.kv is None else f", decoded through a cache of {found.bytes_per_token:,.0f} bytes a token"
+    on = f"{found.data.get('count')} x {found.data['seq_len']} tokens of {found.data['name']}"
+    return f"{found.model}: perplexity {found.perplexity:.3f} on {on}{through}"
+
+
+def _table(scores: tuple[TaskScore, ...]) -> str:
+    """Return a line for each task, in columns."""
+    rows = [("task", "shots", "items", "accuracy", "95 % interval", "standard error", "chance", "p above chance")]
+    for score in scores:
+        found = score.summary
+        guess = ("-", "-") if math.isnan(found.chance) else (f"{found.chance:.1%}", f"{found.p:.2g}")
+        share = found.share
+        interval = f"{share.low:.1%} to {share.high:.1%}"
+        rows.append(
+            (
+                score.task,
+                str(score.shots),
+                str(found.items),
+                f"{share.value:.1%}",
+                interval,
+                f"{found.error:.1%}",
+                *guess,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

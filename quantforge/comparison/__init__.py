@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantforge import api, exporters, pipeline, record, report, resources
+from quantforge.calibrate import overlap
 from quantforge.comparison import cells, isolated, wishes
 from quantforge.comparison.cells import Ground, Tasks
 from quantforge.comparison.wishes import DTYPES, FLOAT, Request
@@ -188,7 +189,12 @@ def prepare(request: Request) -> Job:
         request.calibration, "calibration", count=request.samples, shuffle=request.shuffle, seed=request.seed
     )
     ids, data_from = tokens(request.data, "evaluation", count=request.windows)
-    data_from = data_from | {"text_bytes": _text_bytes(ids, tokenizer)}
+    size = _text_bytes(ids, tokenizer)
+    data_from = data_from | {"text_bytes": size}
+    run = overlap.run_length(size / ids[:, 1:].numel())
+    common = overlap.measure(calib, ids, same=overlap.same_text(calib_from, data_from), n=run)
+    if common.found and any(plan.needs for plan in plans.values()):
+        data_from["overlap"] = common.share
     if tasks is not None:
         data_from["tasks"] = {"names": list(tasks.names), "shots": tasks.shots, "limit": tasks.limit}
     dtypes = {name: DTYPES[name] for name in request.methods if name in DTYPES}

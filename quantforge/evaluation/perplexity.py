@@ -27,6 +27,7 @@ from quantforge.evaluation.divergence import (
     top_k_divergence,
 )
 from quantforge.evaluation.reference import DENSE, Dense, K, Reference, after_head
+from quantforge.numerics.products import fast_linear
 
 _CHUNK = 128  # tokens whose log-probabilities are held at once
 
@@ -150,7 +151,8 @@ def _predictions(model: nn.Module, window: Tensor) -> tuple[Tensor, Tensor, floa
     """Return the logits [seq_len − 1, vocab] of one window, the tokens that follow, and the seconds it took."""
     tokens = window[None].to(next(model.parameters()).device)
     start = time.perf_counter()
-    output: Any = model(input_ids=tokens, use_cache=False)
+    with fast_linear():
+        output: Any = model(input_ids=tokens, use_cache=False)
     if tokens.is_cuda:
         torch.cuda.synchronize()
     return output.logits[0, :-1], tokens[0, 1:], time.perf_counter() - start

@@ -148,7 +148,7 @@ def load(path: Path, made: Made) -> Reference:
     try:
         return unpack(tensors, metadata, made)
     except DataError as error:
-        raise DataError(error.number, f"{path.name!r}: {error.args[0]}") from error
+        raise DataError(445, f"{path.name!r}: {error.args[0]}") from error
 
 
 def get(folder: Path | None, made: Made, make: Callable[[], Reference]) -> Reference:
