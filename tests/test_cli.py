@@ -22,7 +22,10 @@ from quantforge.models import load as loading
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("quantize", "evaluate", "compare", "inspect", "methods", "formats")
+COMMANDS = (
+    *("quantize", "evaluate", "compare", "report", "sensitivity", "calibration-study", "papers"),
+    *("inspect", "methods", "formats"),
+)
 SMALL = ("--samples", "8", "--seq-len", "64")
 
 

@@ -66,6 +66,9 @@ def table(heads: list[str], rows: list[list[str]], right: int = 0) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, marks, *rows])
 
 
+HAND = ("calibration-study.md", "evaluation.md", "papers.md", "sensitivity.md")  # pages that are written, not made
+
+
 def index_page() -> str:
     rows = []
     for name in recipe.names():
@@ -84,7 +87,10 @@ What `--weights`, `--inputs` and `--kv` can be: [weights, inputs and caches](inp
 
 Where GPTQ comes from, on a layer small enough to check by hand: [OBD, OBS and OBQ](obd-obs-obq.md).
 
-These pages are made by `make docs` from the code and the committed reports.
+How results are measured: [tasks and perplexity](evaluation.md), [sensitivity](sensitivity.md), [what calibration
+text does](calibration-study.md), [the papers' figures](papers.md).
+
+The pages of methods are made by `make docs` from the code and the committed reports.
 """
 
 
@@ -408,7 +414,7 @@ def main() -> None:
         (DOCS / path).parent.mkdir(parents=True, exist_ok=True)
         (DOCS / path).write_text(text, encoding="utf-8")
     for file in itertools.chain((DOCS / "methods").glob("*.md"), DOCS.glob("*.md")):
-        if file.relative_to(DOCS).as_posix() not in found:
+        if file.relative_to(DOCS).as_posix() not in {*found, *HAND}:
             file.unlink()
 
 

@@ -88,7 +88,7 @@ class Study:
 
 def to_json(study: Study) -> str:
     """Return the record as JSON in ASCII, floats in full; what is not finite becomes null."""
-    return json.dumps(record._finite(asdict(study)), indent=1, allow_nan=False) + "\n"
+    return json.dumps(record.finite(asdict(study)), indent=1, allow_nan=False) + "\n"
 
 
 def from_json(text: str, where: str = "calibration-study.json") -> Study:
@@ -100,7 +100,7 @@ def from_json(text: str, where: str = "calibration-study.json") -> Study:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = repr(data.get("schema"))[:60] if isinstance(data, dict) else type(data).__name__
         raise DataError(461, f"{where} is no study that this version reads: its schema is {found}, not {SCHEMA!r}.")
-    study: Study = record._read("study", data, Study)
+    study: Study = record.read_value("study", data, Study)
     for i, run in enumerate(study.runs):
         if not run.losses or len(run.losses) != len(study.float_losses) or len(run.kls) not in (0, len(run.losses)):
             raise DataError(461, f"{where}: run {i} has not one loss for each of {len(study.float_losses)} windows.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from quantforge.evaluation.reference import Reference
 from quantforge.models import load as loading
 from quantforge.plan import Plan, make
 from quantforge.progress import bar
-from quantforge.store import check_writable, write_text
+from quantforge.store import check_report_folder, write_text
 
 PROTOCOL = (
     "perplexity = exp of the mean over non-overlapping windows, from the start of the text, of the mean cross-entropy "
@@ -90,7 +89,7 @@ def calibration_study(
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
     folder = None if out is None else Path(out)
     if folder is not None:
-        _check_folder(folder, source.path)
+        check_report_folder(folder, source.path)
     plan = make(source.skeleton(), chosen, source.dtype)
     tokenizer = loading.tokenizer(source)
     ids, evaluation = api.token_ids(
@@ -207,12 +206,3 @@ def _run(each: Draw, model: nn.Module, plan: Plan, ids: Tensor, reference: Refer
 
 def _same_model(losses: Sequence[float], recorded: Sequence[float]) -> bool:
     return len(losses) == len(recorded) and all(abs(a - b) < CLOSE for a, b in zip(losses, recorded, strict=True))
-
-
-def _check_folder(out: Path, model: Path) -> None:
-    """Refuse, before any work, a report folder that lies in the model's, is a file, or cannot be written."""
-    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
-        raise PlanError(266, f"--out {out} is the model's own folder or lies in it; choose another folder.")
-    if os.path.lexists(out) and not out.is_dir():
-        raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
-    check_writable(out)

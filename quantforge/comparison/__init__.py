@@ -6,7 +6,7 @@ import datetime
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from quantforge.models.kvcache import KVFormat
 from quantforge.plan import Plan, check_export, make
 from quantforge.progress import bar
 from quantforge.record import Origin, Report, Run
-from quantforge.store import check_target, check_writable, write_text
+from quantforge.store import check_report_folder, check_target, write_text
 
 __all__ = ["FLOAT", "PROTOCOL", "Request", "compare", "keep_weights", "restore_weights"]
 
@@ -123,11 +123,9 @@ def compare(
         )
         for one in models
     ]
-    ready = [prepare(request) for request in requests]
     place = None if out is None else Path(out)
-    own = [place if place is None or len(ready) == 1 else place / _folder(one) for one in models]
-    for job, folder in zip(ready, own, strict=True):
-        _check_folders(job, folder, resume=resume)
+    own = [place if place is None or len(models) == 1 else place / _folder(one) for one in models]
+    ready = [prepare(request, folder, resume=resume) for request, folder in zip(requests, own, strict=True)]
     found = [_measure(job, folder, resume=resume, isolate=isolate) for job, folder in zip(ready, own, strict=True)]
     whole = found[0] if len(found) == 1 else report.merge(found)
     if place is not None:
@@ -170,14 +168,18 @@ class Job:
         }
 
 
-def prepare(request: Request) -> Job:
-    """Plan every row, read the texts and check the tasks; all of it before any weight is read."""
+def prepare(request: Request, out: Path | None = None, *, resume: bool = False) -> Job:
+    """Plan every row, check the tasks and the folders, and read the texts; all of it before any weight is read."""
     recipes = wishes.recipes(request)
     loading.check_device(request.device)
     source = loading.find(request.model, trust_remote_code=request.trust_remote_code)
     caches = wishes.caches(request.methods, source.config)
     skeleton = source.skeleton()
     plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
+    if out is not None:
+        check_report_folder(out, source.path)
+    if request.keep is not None:
+        _check_kept(Path(request.keep), plans, source, resume=resume)
     tasks = None
     if request.tasks:
         folders = tuple(map(Path, request.task_dirs))
@@ -226,7 +228,7 @@ def _measure(job: Job, out: Path | None, *, resume: bool, isolate: bool) -> Repo
 
 def measure_one(request: Request, label: str) -> Run:
     """Measure one row of a request alone, as a process of its own does."""
-    job = prepare(request)
+    job = replace(prepare(replace(request, keep=None)), request=request)  # the folders were checked for all rows
     done = {other: cells.failed(other, "") for other in job.options() if other != label}
     return _together(job, done)(label)
 
@@ -346,22 +348,6 @@ def restore_weights(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         for name, parameter in model.named_parameters():
             if name in originals:
                 parameter.copy_(originals[name])
-
-
-def _check_folders(job: Job, out: Path | None, *, resume: bool) -> None:
-    if out is not None:
-        _check_report_folder(out, job.source.path)
-    if job.request.keep is not None:
-        _check_kept(Path(job.request.keep), job.plans, job.source, resume=resume)
-
-
-def _check_report_folder(out: Path, model: Path) -> None:
-    """Refuse, before any work, a report folder that lies in the model's, is a file, or cannot be written."""
-    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
-        raise PlanError(266, f"--out {out} is the model's own folder or lies in it; choose another folder.")
-    if os.path.lexists(out) and not out.is_dir():
-        raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
-    check_writable(out)
 
 
 def _check_kept(keep: Path, plans: Mapping[str, Plan], source: loading.Source, *, resume: bool) -> None:

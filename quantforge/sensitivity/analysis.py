@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from quantforge import api, plan, recipe
 from quantforge.calibrate import corpus
-from quantforge.errors import PlanError, RecipeError, pick
+from quantforge.errors import RecipeError, pick
 from quantforge.evaluation.reference import digest
 from quantforge.models import check
 from quantforge.models import load as loading
@@ -22,7 +21,7 @@ from quantforge.recipe import Recipe
 from quantforge.sensitivity import show
 from quantforge.sensitivity.measure import Job, joined, measure, missing, new_section, parts_of
 from quantforge.sensitivity.results import FILE, SCHEMA, Analysis, to_json
-from quantforge.store import check_writable, write_text
+from quantforge.store import check_report_folder, write_text
 
 WINDOWS = {"block": 48, "kind": 48, "layer": 8}
 BITS = (2, 3, 4, 8)
@@ -115,14 +114,14 @@ def _open(model: str | Path | nn.Module | None, device: str, out: Path | None, *
     """Find and check a model, and that results can be written to `out`."""
     if isinstance(model, nn.Module):
         if out is not None:
-            _check_folder(out)
+            check_report_folder(out)
         check.check_finite(model)
         own = next(model.parameters()).dtype
         dtype = torch.float32 if own == torch.float64 else own
         return _Opened(type(model).__name__, (), model.config, dtype, model, None, lambda: model)
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
     if out is not None:
-        _check_folder(out, source.path)
+        check_report_folder(out, source.path)
     build = functools.partial(loading.model, source, device)
     skeleton, tokenizer = source.skeleton(), loading.tokenizer(source)
     return _Opened(source.name, tuple(source.notes), source.config, source.dtype, skeleton, tokenizer, build)
@@ -195,12 +194,3 @@ def _options(chosen: Recipe) -> dict[str, Any]:
         for pattern, other in chosen.overrides
     }
     return parts | others
-
-
-def _check_folder(out: Path, model: Path | None = None) -> None:
-    """Refuse, before any work, a folder that lies in the model's, is a file, or cannot be written."""
-    if model is not None and (out.resolve() == model.resolve() or model.resolve() in out.resolve().parents):
-        raise PlanError(266, f"--out {out} is the model's own folder or lies in it; choose another folder.")
-    if os.path.lexists(out) and not out.is_dir():
-        raise PlanError(267, f"--out {out} is a file; the results need a folder.")
-    check_writable(out)

@@ -17,9 +17,9 @@ from quantforge import pipeline, record
 from quantforge.errors import PlanError
 from quantforge.evaluation import perplexity
 from quantforge.models import activations, arch
+from quantforge.numerics.products import fast_linear
 from quantforge.plan import Plan
 from quantforge.progress import bar
-from quantforge.numerics.products import fast_linear
 from quantforge.sensitivity.prefix import Prefix
 from quantforge.sensitivity.results import WHOLE, Analysis, Cell, PartRow, Section, check_same, read
 

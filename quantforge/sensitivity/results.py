@@ -104,7 +104,7 @@ class Analysis:
 
 def to_json(found: Analysis) -> str:
     """Return it as JSON in ASCII, floats in full; what is not finite becomes null."""
-    return json.dumps(record._finite(asdict(found)), allow_nan=False) + "\n"
+    return json.dumps(record.finite(asdict(found)), allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> Analysis:
@@ -116,7 +116,7 @@ def from_json(text: str) -> Analysis:
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise DataError(490, f"{FILE} has schema {schema!r}, and this version reads {SCHEMA}; choose another folder.")
-    found: Analysis = record._read(FILE.removesuffix(".json"), data, Analysis)
+    found: Analysis = record.read_value(FILE.removesuffix(".json"), data, Analysis)
     for section in found.sections:
         for cell in section.cells:
             if not len(section.losses) == len(cell.losses) == len(cell.kls) > 0:
