@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantforge import checkpoint, exporters, pipeline, recipe
+from quantforge import checkpoint, exporters, pipeline, recipe, resources
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
 from quantforge.errors import DataError, PlanError, RecipeError, clean, pick
-from quantforge.evaluation import decoding, perplexity, rolling, zeroshot
+from quantforge.evaluation import decoding, perplexity, rolling, significance, zeroshot
+from quantforge.evaluation import reference as references
+from quantforge.evaluation.divergence import Divergence
 from quantforge.evaluation.perplexity import Score
+from quantforge.evaluation.reference import Reference
 from quantforge.evaluation.rolling import RollingScore
+from quantforge.evaluation.significance import Interval
 from quantforge.evaluation.zeroshot import TaskScore
 from quantforge.memory import PeakMemory
 from quantforge.models import activations, check
@@ -28,6 +32,7 @@ from quantforge.models import load as loading
 from quantforge.models.kvcache import KVCache, KVFormat, parse_kv
 from quantforge.plan import Plan
 from quantforge.progress import bar
+from quantforge.record import finite
 from quantforge.result import Result
 from quantforge.store import check_target
 
@@ -230,6 +235,32 @@ def check_length(config: Any, seq_len: int) -> None:
 
 
 @dataclass(frozen=True)
+class Against:
+    """How a model's predictions over some windows differ from a float model's.
+
+    model       the float model's name
+    perplexity  of the float model
+    ratio       of perplexities, with its interval over windows, and the p-value of there being no difference
+    verdict     that in words
+    kl          mean over the windows, nats per token, with its interval; a lower bound
+    divergence  of all predictions
+    """
+
+    model: str
+    perplexity: float
+    ratio: Interval
+    p: float
+    verdict: str
+    kl: Interval
+    divergence: Divergence
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain JSON values; null for what is not finite."""
+        found: dict[str, Any] = finite(asdict(self))
+        return found
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What a model scored, and on what.
 
@@ -241,6 +272,7 @@ class Evaluation:
     bytes_per_token  of that cache, measured
     tasks            scores of tasks
     rolling          word and byte perplexity of whole documents
+    against          how its predictions differ from a float model's
     """
 
     perplexity: float
@@ -250,6 +282,7 @@ class Evaluation:
     bytes_per_token: float | None = None
     tasks: tuple[TaskScore, ...] = ()
     rolling: RollingScore | None = None
+    against: Against | None = None
 
     def record(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -261,6 +294,7 @@ class Evaluation:
             "bytes_per_token": self.bytes_per_token,
             "tasks": [task.record() for task in self.tasks],
             "rolling": None if self.rolling is None else self.rolling.record(),
+            "against": None if self.against is None else self.against.record(),
         }
 
 
@@ -271,6 +305,7 @@ def evaluate(
     seq_len: int = 512,
     windows: int | None = 48,
     kv: str | None = None,
+    against: str | Path | None = None,
     rolling: bool = False,
     tasks: Sequence[str] = (),
     suite: str | None = None,
@@ -290,6 +325,8 @@ def evaluate(
     windows     how many non-overlapping windows from the start; None takes all
     kv          "int8-token", "int4-kivi-g32-w32", …: decode token by token, all windows at once, through a cache that
                 is stored so; PlanError for another notation
+    against     a float model with the same tokenizer, a folder or a hub id, from whose predictions the divergence is
+                told; what it predicts is kept, so that it runs once for each text
     rolling     word and byte perplexity of whole documents, read in windows of `seq_len` tokens, instead: the lines of
                 a .jsonl file, else the whole text, up to `windows` · `seq_len` tokens
     tasks       names of tasks or groups, of `task_dirs`, our own or lm-eval's, and of a `suite`: "smoke" or "standard";
@@ -304,6 +341,8 @@ def evaluate(
     folders = tuple(map(Path, task_dirs))
     wanted = wished_tasks(tasks, suite, folders)
     check_together(bool(wanted), rolling=rolling, kv=kv, counts=(shots, limit))
+    if against is not None and (wanted or rolling or kv is not None):
+        raise RecipeError(225, "--against compares predictions over windows: leave out tasks, rolling and kv.")
     cache = None if kv is None else cache_format(kv)
     if wanted:
         zeroshot.check(wanted, folders, shots=shots, limit=limit, batch_size=batch_size)
@@ -330,13 +369,51 @@ def evaluate(
     )
     if cache is not None:
         KVCache(cache, opened.config)  # which refuses a model that it is not for
+    reference = None
+    if against is not None:
+        source = loading.find(str(against), trust_remote_code=trust_remote_code)
+        theirs, ours = (config.get_text_config().vocab_size for config in (source.config, opened.config))
+        if theirs != ours:
+            raise PlanError(
+                276, f"--against {against} has {theirs} tokens and the model {ours}: they cannot be compared."
+            )
+        reference = float_reference(source, ids, device)
     built = opened.build()
     if cache is not None:
         score, size = decode(built, ids, cache)
         return Evaluation(score.perplexity, opened.name, provenance, kv, size)
     with bar("perplexity", len(ids)) as step:
-        score = perplexity.evaluate(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
-    return Evaluation(score.perplexity, opened.name, provenance)
+        score = perplexity.evaluate(built, ids, reference, progress=lambda loss: step(f"loss {loss:.3f}"))
+    told = None if reference is None else _against(source.name, reference, score)
+    return Evaluation(score.perplexity, opened.name, provenance, against=told)
+
+
+def float_reference(source: loading.Source, ids: Tensor, device: str) -> Reference:
+    """Return what a float model predicts over ids [windows, seq_len]: kept from an earlier run, or made and kept."""
+
+    def make() -> Reference:
+        model = loading.model(source, device)
+        with bar(source.name, len(ids)) as step:
+            return perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))[0]
+
+    made = references.made(source.fingerprint(device), ids, source.config.get_text_config().vocab_size)
+    return replace(references.get(resources.cache_dir(), made, make), dense=None)
+
+
+def _against(name: str, reference: Reference, score: Score) -> Against:
+    assert score.divergence is not None
+    finite_losses = all(map(math.isfinite, (*score.losses, *score.kls)))
+    nothing = Interval(math.nan, math.nan, math.nan)
+    change = significance.paired_change(reference.losses, score.losses) if finite_losses else None
+    return Against(
+        name,
+        Score(reference.losses).perplexity,
+        change.ratio if change else nothing,
+        change.p if change else math.nan,
+        significance.verdict(change) if change else "worse",
+        significance.mean_interval(score.kls) if finite_losses else nothing,
+        score.divergence,
+    )
 
 
 def check_together(tasks: bool, *, rolling: bool, kv: str | None, counts: tuple[int | None, int | None]) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quantforge.cli.options import machine, parse_list, print_result, windows_option
+from quantforge.cli.options import machine, parse_list, print_result, tasks_options, windows_option
 
 if TYPE_CHECKING:
-    from quantforge.api import Evaluation
+    from quantforge.api import Against, Evaluation
     from quantforge.evaluation.zeroshot import TaskScore
 
 
@@ -22,15 +22,9 @@ if TYPE_CHECKING:
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
 @windows_option
 @click.option("--kv", metavar="FORMAT", help="Decode through a cache stored so, e.g. int8-token, int4-kivi-g32-w32.")
+@click.option("--against", metavar="MODEL", help="A float model: how far predictions diverge from its.")
 @click.option("--rolling", is_flag=True, help="Word and byte perplexity of whole documents, as lm-eval has them.")
-@click.option("--tasks", default="", metavar="TASK,…", help="Score these tasks instead: lm-eval's, or of --task-dir.")
-@click.option("--suite", metavar="smoke|standard", help="Score these tasks: ours without a network, or the papers'.")
-@click.option(
-    "--task-dir", "task_dirs", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
-    help="Folder of lm-eval task files; without --tasks all of its tasks are scored.",
-)  # fmt: skip
-@click.option("--shots", type=click.IntRange(0), metavar="K", help="Examples before each item; default: the task's.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Items of each task from its start; default: all.")
+@tasks_options
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of --shots.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="With tasks or --rolling.")
 @machine
@@ -40,6 +34,7 @@ def evaluate(
     seq_len: int,
     windows: int,
     kv: str | None,
+    against: str | None,
     rolling: bool,
     tasks: str,
     suite: str | None,
@@ -65,6 +60,7 @@ def evaluate(
         seq_len=seq_len,
         windows=windows or None,
         kv=kv,
+        against=against,
         rolling=rolling,
         tasks=parse_list(tasks),
         suite=suite,
@@ -92,7 +88,19 @@ def _text(found: Evaluation) -> str:
         )
     through = "" if found.kv is None else f", decoded through a cache of {found.bytes_per_token:,.0f} bytes a token"
     on = f"{found.data.get('count')} x {found.data['seq_len']} tokens of {found.data['name']}"
-    return f"{found.model}: perplexity {found.perplexity:.3f} on {on}{through}"
+    line = f"{found.model}: perplexity {found.perplexity:.3f} on {on}{through}"
+    return line if found.against is None else f"{line}\n{_compared(found.against)}"
+
+
+def _compared(found: Against) -> str:
+    ratio, kl, tokens = found.ratio, found.kl, found.divergence
+    return (
+        f"against {found.model} ({found.perplexity:.3f}): x {ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}], "
+        f"{found.verdict} (p = {found.p:.2g})\n"
+        f"KL at least {kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] nats per token, median {tokens.median:.4f}, "
+        f"99 % of tokens up to {tokens.p99:.3f}; the same token first in {tokens.agreement:.1%}; "
+        f"{tokens.lost:,} right ones lost and {tokens.gained:,} gained of {tokens.tokens:,}"
+    )
 
 
 def _table(scores: tuple[TaskScore, ...]) -> str:

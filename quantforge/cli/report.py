@@ -52,4 +52,4 @@ def _read(file: Path) -> Report:
     try:
         return record.from_json(text)
     except DataError as error:
-        raise DataError(error.number, f"{str(file)!r}: {error.args[0]}") from error
+        raise DataError(450, f"{str(file)!r}: {error.args[0]}") from error

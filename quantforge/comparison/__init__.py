@@ -247,17 +247,17 @@ def _together(job: Job, done: Mapping[str, Run]) -> Callable[[str], Run]:
         job.source, job.tokenizer, job.calib, job.calib_from, job.ids, reference, spreads, job.tasks,
         in_use(torch.device(job.request.device)), None if job.request.keep is None else Path(job.request.keep),
     )  # fmt: skip
-    level = functools.cache(lambda: cells.float_model(score, job.skeleton, built, ground))
+    level = cells.float_model(score, job.skeleton, job.source)
 
     def measure(label: str) -> Run:
         restore_weights(built, kept)
         if label in job.plans:
             return cells.quantized(label, job.plans[label], built, ground, losses.get(label))
         if label in job.caches:
-            return cells.cached(label, job.caches[label], built, ground, level())
+            return cells.cached(label, job.caches[label], built, ground, level)
         if label in job.dtypes:
-            return cells.in_dtype(label, job.dtypes[label], built, ground, level())
-        return level()
+            return cells.in_dtype(label, job.dtypes[label], built, ground, level)
+        return cells.measured(level, score, built, ground)
 
     return measure
 

@@ -106,13 +106,13 @@ def quantized(label: str, plan: Plan, model: nn.Module, ground: Ground, losses: 
         layers=tuple(_row(layer) for layer in result.layers),
         notes=(*result.fallbacks(), *filter(None, [_bias(plan, ground.source)])),
     )
-    return _measured(run, score, model, ground, _histograms(result, ground))
+    return measured(run, score, model, ground, _histograms(result, ground))
 
 
-def float_model(score: Score, skeleton: nn.Module, model: nn.Module, ground: Ground) -> Run:
-    """Return the row of the float model, which was scored when the reference was made."""
-    dtype = ground.source.dtype
-    run = Run(
+def float_model(score: Score, skeleton: nn.Module, source: loading.Source) -> Run:
+    """Return what is known of the float model, which was scored when the reference was made."""
+    dtype = source.dtype
+    return Run(
         label=FLOAT,
         method=FLOAT,
         bits=None,
@@ -127,7 +127,6 @@ def float_model(score: Score, skeleton: nn.Module, model: nn.Module, ground: Gro
         layers=(),
         notes=(),
     )
-    return _measured(run, score, model, ground)
 
 
 def in_dtype(label: str, dtype: torch.dtype, model: nn.Module, ground: Ground, level: Run) -> Run:
@@ -148,7 +147,7 @@ def in_dtype(label: str, dtype: torch.dtype, model: nn.Module, ground: Ground, l
         options={"dtype": str(dtype).removeprefix("torch.")},
         notes=(note,),
     )
-    return _measured(run, score, other, ground)
+    return measured(run, score, other, ground)
 
 
 def cached(label: str, fmt: KVFormat, model: nn.Module, ground: Ground, level: Run) -> Run:
@@ -203,7 +202,7 @@ def _score(label: str, model: nn.Module, ground: Ground) -> Score:
         return perplexity.evaluate(model, ground.ids, ground.reference, progress=lambda loss: step(f"loss {loss:.3f}"))
 
 
-def _measured(run: Run, score: Score, model: nn.Module, ground: Ground, drawn: Sequence[Histogram] = ()) -> Run:
+def measured(run: Run, score: Score, model: nn.Module, ground: Ground, drawn: Sequence[Histogram] = ()) -> Run:
     """Add what a pass over the windows and the tasks told to a row."""
     return replace(
         run,
