@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def report():
 
 def test_the_readme_shows_the_tables_of_the_committed_reports():
     assert load_tool("readme").refreshed(README) == README, "run `make readme`"
+
+
+def test_the_plots_of_the_readme_are_those_of_the_committed_reports():
+    found = load_tool("readme").plots(README)
+    assert found
+    for file, drawing in found.items():
+        assert file.read_text(encoding="utf-8") == drawing, "run `make readme`"
+        ElementTree.fromstring(drawing)
+        assert "http" not in drawing.replace("http://www.w3.org/", "")
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))

@@ -1,13 +1,12 @@
-"""Make a folder of task files of minimal pairs in the format of BLiMP: `python tools/blimp_tasks.py DATA OUT`.
+"""Make a folder of task files of minimal pairs in the format of BLiMP: `python tools/blimp_tasks.py DATA OUT [ITEMS]`.
 
 DATA holds a .jsonl file for each paradigm, each line with the fields sentence_good and sentence_bad. OUT gets a copy of
-each, a task file for it, and `blimp`, the group of all: `quantforge evaluate --task-dir OUT`.
+each, or of its first ITEMS, a task file for it, and `blimp`, the group of all: `quantforge evaluate --task-dir OUT`.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import yaml
@@ -29,7 +28,7 @@ def task(name: str, file: str) -> dict[str, object]:
     }
 
 
-def write(data: Path, out: Path) -> list[str]:
+def write(data: Path, out: Path, items: int | None = None) -> list[str]:
     """Write the task files for the .jsonl files of `data`, and return the tasks' names."""
     files = sorted(data.glob("*.jsonl"))
     if not files:
@@ -37,8 +36,8 @@ def write(data: Path, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     names = [f"blimp_{file.stem}" for file in files]
     for name, file in zip(names, files, strict=True):
-        if file.resolve() != (out / file.name).resolve():
-            shutil.copyfile(file, out / file.name)
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:items]
+        (out / file.name).write_text("".join(lines), encoding="utf-8")
         (out / f"{name}.yaml").write_text(yaml.safe_dump(task(name, file.name), sort_keys=False), encoding="utf-8")
     group = yaml.safe_dump({"group": "blimp", "task": names}, sort_keys=False)
     (out / "blimp.yaml").write_text(group, encoding="utf-8")
@@ -49,5 +48,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("items", type=int, nargs="?", help="of each paradigm; default: all")
     given = parser.parse_args()
-    print(f"{len(write(given.data, given.out))} tasks in {given.out}")
+    print(f"{len(write(given.data, given.out, given.items))} tasks in {given.out}")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from quantforge.record import Report, to_json
 from quantforge.report import content, markdown, page, tables
+from quantforge.report.drawings import picture
 from quantforge.report.merge import merge
 from quantforge.report.words import escape_markdown, number, perplexity
 from quantforge.store import write_text
 
-__all__ = ["escape_markdown", "merge", "number", "perplexity", "table", "to_html", "to_markdown", "write"]
+__all__ = ["escape_markdown", "merge", "number", "perplexity", "picture", "table", "to_html", "to_markdown", "write"]
 
 
 def table(report: Report) -> str:

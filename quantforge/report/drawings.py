@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
@@ -12,6 +13,7 @@ from markupsafe import Markup
 from quantforge.errors import clean
 from quantforge.record import Histogram, Report, Run
 from quantforge.report.groups import Name, is_float, is_floor, models, settings
+from quantforge.report.groups import names as called
 from quantforge.report.tables import bits_per_byte
 from quantforge.report.words import width_in_words
 
@@ -83,6 +85,16 @@ def pareto(report: Report, names: Sequence[Name]) -> Plot:
         for size, width in (("wide", plots.WIDE), ("narrow", plots.NARROW))
     )
     return Plot(wide, narrow, "Colour says the model, shape the method." if several else "")
+
+
+def picture(report: Report) -> str:
+    """Return the plot of quality against bytes on disk as an SVG file that stands alone, light and dark."""
+    css = (Path(__file__).parent.parent / "templates" / "report.css.j2").read_text(encoding="utf-8")
+    variables = css[: css.index("* {")]  # of both themes
+    text = "svg { background: var(--paper) } text { font-family: var(--sans) }"
+    drawing = str(pareto(report, called(report)).wide)
+    head, _, rest = drawing.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{variables}{text}</style>{rest}\n'
 
 
 def _spots(report: Report, names: Sequence[Name], values: Sequence[float]) -> list[Spot]:
