@@ -36,6 +36,7 @@ from quantforge.record import finite
 from quantforge.result import Result
 from quantforge.store import check_target
 
+DEMO = "demo"  # the demo model, where a name is needed
 DECODED = 48  # windows that are decoded side by side
 
 
@@ -273,6 +274,7 @@ class Evaluation:
     tasks            scores of tasks
     rolling          word and byte perplexity of whole documents
     against          how its predictions differ from a float model's
+    losses           of each window: mean cross-entropy, nats per token
     """
 
     perplexity: float
@@ -283,11 +285,21 @@ class Evaluation:
     tasks: tuple[TaskScore, ...] = ()
     rolling: RollingScore | None = None
     against: Against | None = None
+    losses: tuple[float, ...] = ()
+
+    @property
+    def interval(self) -> Interval:
+        """Return the perplexity with its interval of 95 % over windows; NaN where there are too few."""
+        if len(self.losses) < 2 or not all(map(math.isfinite, self.losses)):
+            return Interval(self.perplexity, math.nan, math.nan)
+        return significance.perplexity_interval(self.losses)
 
     def record(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         return {
             "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
+            "interval": finite([self.interval.low, self.interval.high]),
+            "losses": finite(self.losses),
             "model": self.model,
             "data": self.data,
             "kv": self.kv,
@@ -325,7 +337,7 @@ def evaluate(
     windows     how many non-overlapping windows from the start; None takes all
     kv          "int8-token", "int4-kivi-g32-w32", …: decode token by token, all windows at once, through a cache that
                 is stored so; PlanError for another notation
-    against     a float model with the same tokenizer, a folder or a hub id, from whose predictions the divergence is
+    against     a float model with the same tokenizer, a folder, a hub id or "demo": how predictions diverge from its is
                 told; what it predicts is kept, so that it runs once for each text
     rolling     word and byte perplexity of whole documents, read in windows of `seq_len` tokens, instead: the lines of
                 a .jsonl file, else the whole text, up to `windows` · `seq_len` tokens
@@ -371,21 +383,33 @@ def evaluate(
         KVCache(cache, opened.config)  # which refuses a model that it is not for
     reference = None
     if against is not None:
-        source = loading.find(str(against), trust_remote_code=trust_remote_code)
+        source = loading.find(None if against == DEMO else str(against), trust_remote_code=trust_remote_code)
+        source.skeleton()
+        check_length(source.config, ids.shape[1])
         theirs, ours = (config.get_text_config().vocab_size for config in (source.config, opened.config))
         if theirs != ours:
             raise PlanError(
                 276, f"--against {against} has {theirs} tokens and the model {ours}: they cannot be compared."
             )
+        if not isinstance(data, Tensor):
+            _check_same_tokens(source, str(data), ids, seq_len, windows)
         reference = float_reference(source, ids, device)
     built = opened.build()
     if cache is not None:
         score, size = decode(built, ids, cache)
-        return Evaluation(score.perplexity, opened.name, provenance, kv, size)
+        return Evaluation(score.perplexity, opened.name, provenance, kv, size, losses=score.losses)
     with bar("perplexity", len(ids)) as step:
         score = perplexity.evaluate(built, ids, reference, progress=lambda loss: step(f"loss {loss:.3f}"))
     told = None if reference is None else _against(source.name, reference, score)
-    return Evaluation(score.perplexity, opened.name, provenance, against=told)
+    return Evaluation(score.perplexity, opened.name, provenance, against=told, losses=score.losses)
+
+
+def _check_same_tokens(source: loading.Source, data: str, ids: Tensor, seq_len: int, windows: int | None) -> None:
+    """Refuse a float model whose tokenizer reads the text as other tokens."""
+    tokenizer = loading.tokenizer(source)
+    theirs, _ = token_ids(data, "evaluation", tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=windows)
+    if not torch.equal(theirs, ids):
+        raise PlanError(276, f"--against {source.name} reads the text as other tokens: they cannot be compared.")
 
 
 def float_reference(source: loading.Source, ids: Tensor, device: str) -> Reference:
@@ -402,16 +426,16 @@ def float_reference(source: loading.Source, ids: Tensor, device: str) -> Referen
 
 def _against(name: str, reference: Reference, score: Score) -> Against:
     assert score.divergence is not None
-    finite_losses = all(map(math.isfinite, (*score.losses, *score.kls)))
     nothing = Interval(math.nan, math.nan, math.nan)
-    change = significance.paired_change(reference.losses, score.losses) if finite_losses else None
+    known = all(map(math.isfinite, score.losses))
+    change = significance.paired_change(reference.losses, score.losses) if known else None
     return Against(
         name,
         Score(reference.losses).perplexity,
         change.ratio if change else nothing,
         change.p if change else math.nan,
         significance.verdict(change) if change else "worse",
-        significance.mean_interval(score.kls) if finite_losses else nothing,
+        significance.mean_interval(score.kls) if all(map(math.isfinite, score.kls)) else nothing,
         score.divergence,
     )
 

@@ -21,7 +21,10 @@ from quantforge.errors import DataError, nearest
 
 SCHEMA = 2
 READABLE = (1, 2)
-PACKAGES = ("quantforge", "torch", "transformers", "compressed-tensors", "safetensors", "gguf", "numpy")
+PACKAGES = (
+    *("quantforge", "torch", "transformers", "compressed-tensors", "safetensors", "gguf", "numpy"),
+    *("lm_eval", "datasets"),
+)
 UNIONS = (UnionType, Union)
 
 Note = bool | int | float | str | None
@@ -110,6 +113,7 @@ class Origin:
     """One comparison that a report's runs are of, and what somebody needs to repeat it; dictionaries hold JSON values.
 
     model_notes  what there is to say about the model's files
+    fingerprint  digest of the model's files, and of the versions and the device that computed with them
     """
 
     model: str
@@ -120,6 +124,7 @@ class Origin:
     versions: dict[str, str]
     command: str
     created: str
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -245,12 +250,6 @@ def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     """Turn a record of schema 1, which knew one comparison only and less of each run, into one of schema 2."""
     names = [field.name for field in fields(Origin)]
     rest = {key: value for key, value in data.items() if key not in names}
-    later = {field.name: field.default for field in fields(Run) if field.default is not MISSING}
-    runs = data.get("runs")
-    if isinstance(runs, list):
-        later = {key: list(value) if isinstance(value, tuple) else value for key, value in later.items()}
-        later["tokens_per_second"] = None
-        rest["runs"] = [later | run if isinstance(run, dict) else run for run in runs]
     return rest | {"schema": SCHEMA, "origins": [{key: data[key] for key in names if key in data}]}
 
 
@@ -298,7 +297,7 @@ def _record(where: str, data: dict[str, Any], cls: Any) -> Any:
             raise DataError(
                 450, f"{where} has a field {short(key)}: {nearest(key, known)}It may have: {', '.join(known)}."
             )
-    for key in known:
-        if key not in data:
-            raise DataError(450, f"{where} lacks the field {key!r}.")
-    return cls(**{key: read_value(f"{where}.{key}", data[key], hints[key]) for key in known})
+    for field in fields(cls):
+        if field.name not in data and field.default is MISSING:
+            raise DataError(450, f"{where} lacks the field {field.name!r}.")
+    return cls(**{key: read_value(f"{where}.{key}", value, hints[key]) for key, value in data.items()})

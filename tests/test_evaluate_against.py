@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import quantforge
 from quantforge import cli
 from quantforge.calibrate import corpus
-from quantforge.errors import PlanError, RecipeError
+from quantforge.errors import ModelError, PlanError, RecipeError
 from quantforge.models import load as loading
 from quantforge.models import tiny
 
@@ -74,5 +76,12 @@ def test_what_cannot_be_compared_is_refused(text, checkpoint, tmp_path):
     tiny.make("llama", vocab_size=128).save_pretrained(tmp_path / "other")
     with pytest.raises(PlanError, match="128 tokens and the model 259"):
         quantforge.evaluate(checkpoint, against=tmp_path / "other", data=text, seq_len=64, windows=2)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(TINY, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="down_proj"):
+        quantforge.evaluate(checkpoint, against=damaged, data=text, seq_len=64, windows=2)
     with pytest.raises(RecipeError, match="leave out tasks, rolling and kv"):
         quantforge.evaluate(checkpoint, against=TINY, rolling=True, data=text)

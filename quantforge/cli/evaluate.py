@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
 @windows_option
 @click.option("--kv", metavar="FORMAT", help="Decode through a cache stored so, e.g. int8-token, int4-kivi-g32-w32.")
-@click.option("--against", metavar="MODEL", help="A float model: how far predictions diverge from its.")
+@click.option("--against", metavar="MODEL", help="A float model, or demo: how far predictions diverge from its.")
 @click.option("--rolling", is_flag=True, help="Word and byte perplexity of whole documents, as lm-eval has them.")
 @tasks_options
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of --shots.")
@@ -88,7 +88,9 @@ def _text(found: Evaluation) -> str:
         )
     through = "" if found.kv is None else f", decoded through a cache of {found.bytes_per_token:,.0f} bytes a token"
     on = f"{found.data.get('count')} x {found.data['seq_len']} tokens of {found.data['name']}"
-    line = f"{found.model}: perplexity {found.perplexity:.3f} on {on}{through}"
+    interval = found.interval
+    known = "" if math.isnan(interval.low) else f" (95 %: {interval.low:.3f} to {interval.high:.3f})"
+    line = f"{found.model}: token perplexity {found.perplexity:.3f}{known} on {on}{through}"
     return line if found.against is None else f"{line}\n{_compared(found.against)}"
 
 

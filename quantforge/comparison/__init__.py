@@ -32,6 +32,8 @@ from quantforge.progress import bar
 from quantforge.record import Origin, Report, Run
 from quantforge.store import check_report_folder, check_target, write_text
 
+CLOSE = 1e-3  # nats per token by which the same model may differ from itself
+
 __all__ = ["FLOAT", "PROTOCOL", "Request", "compare", "keep_weights", "restore_weights"]
 
 PROTOCOL = (
@@ -91,8 +93,8 @@ def compare(
     weight is read. Raises the subclasses of QuantForgeError.
     """
     models = [model] if model is None or isinstance(model, str | Path) else list(model)
-    if not models or len(set(map(str, models))) < len(models):
-        raise RecipeError(224, "there is nothing to compare: name at least one model, and each once.")
+    if not models or len(set(map(_folder, models))) < len(models):
+        raise RecipeError(226, "there is nothing to compare: name at least one model, and each by a name of its own.")
     wanted = api.wished_tasks(tasks, suite, tuple(map(Path, task_dirs)))
     requests = [
         Request(
@@ -158,13 +160,15 @@ class Job:
     ids: Tensor
     data_from: dict[str, Any]
     tasks: Tasks | None
+    fingerprint: str
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """Return what the row of each label is made with: only a row made so can be taken over."""
+        """Return what the row of each label is made with, in order: only a row made so can be taken over."""
         return {
+            FLOAT: {},
+            **{label: {"dtype": str(dtype).removeprefix("torch.")} for label, dtype in self.dtypes.items()},
             **{label: wishes.told(plan) for label, plan in self.plans.items()},
             **{label: {"cache": str(fmt)} for label, fmt in self.caches.items()},
-            **{label: {"dtype": str(dtype).removeprefix("torch.")} for label, dtype in self.dtypes.items()},
         }
 
 
@@ -195,12 +199,18 @@ def prepare(request: Request, out: Path | None = None, *, resume: bool = False) 
     data_from = data_from | {"text_bytes": size}
     run = overlap.run_length(size / ids[:, 1:].numel())
     common = overlap.measure(calib, ids, same=overlap.same_text(calib_from, data_from), n=run)
-    if common.found and any(plan.needs for plan in plans.values()):
+    if common.found:
         data_from["overlap"] = common.share
     if tasks is not None:
-        data_from["tasks"] = {"names": list(tasks.names), "shots": tasks.shots, "limit": tasks.limit}
+        data_from["tasks"] = {
+            "names": list(tasks.names), "shots": tasks.shots, "limit": tasks.limit, "seed": tasks.seed,
+            "items": zeroshot.digest(tasks.names, tasks.folders),
+        }  # fmt: skip
     dtypes = {name: DTYPES[name] for name in request.methods if name in DTYPES}
-    return Job(request, source, skeleton, tokenizer, plans, caches, dtypes, calib, calib_from, ids, data_from, tasks)
+    return Job(
+        request, source, skeleton, tokenizer, plans, caches, dtypes, calib, calib_from, ids, data_from, tasks,
+        source.fingerprint(request.device),
+    )  # fmt: skip
 
 
 def _text_bytes(ids: Tensor, tokenizer: Any) -> int:
@@ -212,18 +222,23 @@ def _text_bytes(ids: Tensor, tokenizer: Any) -> int:
 
 
 def _measure(job: Job, out: Path | None, *, resume: bool, isolate: bool) -> Report:
-    """Measure every row of a job that is not done already; each is written as it comes."""
-    done = _done(out, job) if resume and out is not None else {}
+    """Measure every row of a job that is not done already; each is written as it comes, beside all that are done."""
+    earlier = _earlier(out, job) if resume and out is not None else ()
+    wished = job.options()
+    done = {run.label: run for run in earlier if run.options == wished.get(run.label)}
+    others = [run for run in earlier if run.label not in wished]
     together = functools.cache(lambda: _together(job, done))
-    runs: list[Run] = []
-    for label in (FLOAT, *job.dtypes, *job.plans, *job.caches):
-        if label in done:
-            runs.append(done[label])
-        else:
-            runs.append(isolated.measure(job.request, label) if isolate else together()(label))
-        if out is not None:  # what is done is not lost, whatever becomes of the runs to come
-            write_text(out / "report.json", record.to_json(_report(job, runs)))
-    return _report(job, runs)
+    runs = dict(done)
+    for label in wished:
+        if label not in done:
+            runs[label] = isolated.measure(job.request, label) if isolate else together()(label)
+            if out is not None:
+                write_text(out / "report.json", record.to_json(_report(job, [*_ordered(runs, wished), *others])))
+    return _report(job, [*_ordered(runs, wished), *others])
+
+
+def _ordered(runs: Mapping[str, Run], labels: Iterable[str]) -> list[Run]:
+    return [runs[label] for label in labels if label in runs]
 
 
 def measure_one(request: Request, label: str) -> Run:
@@ -235,6 +250,8 @@ def measure_one(request: Request, label: str) -> Run:
 
 def _together(job: Job, done: Mapping[str, Run]) -> Callable[[str], Run]:
     """Load the model, and return what measures a row on it: weights are put back before each."""
+    if job.tasks is not None:
+        import lm_eval.evaluator  # noqa: F401, so that its memory is not counted with that of the rows
     built = loading.model(job.source, job.request.device)
     reference, score = _reference(job, built)
     plans = {label: plan for label, plan in job.plans.items() if label not in done}
@@ -266,7 +283,7 @@ def _reference(job: Job, model: nn.Module) -> tuple[Reference, Score]:
     """Return what the float model predicts, kept from an earlier comparison if there was one, and its score."""
     ids, scores = job.ids, list[Score]()
     vocab = job.source.config.get_text_config().vocab_size
-    made = references.made(job.source.fingerprint(job.request.device), ids, vocab)
+    made = references.made(job.fingerprint, ids, vocab)
 
     def make() -> Reference:
         with bar(FLOAT, len(ids)) as step:
@@ -277,9 +294,11 @@ def _reference(job: Job, model: nn.Module) -> tuple[Reference, Score]:
     found = references.get(resources.cache_dir(), made, make)
     if scores:
         return found, scores[0]
-    dense, first = perplexity.make_reference(model, ids[:DENSE], k=1)
-    score = Score(found.losses, tokens_per_second=first.tokens_per_second)
-    return Reference(found.kept, found.losses, dense.dense), score
+    again, _ = perplexity.make_reference(model, ids[:DENSE], k=1)
+    if any(abs(one - other) > CLOSE for one, other in zip(again.losses, found.losses, strict=False)):
+        found = make()  # kept by something that computed otherwise
+        return found, scores[0]
+    return Reference(found.kept, found.losses, again.dense), Score(found.losses)
 
 
 def _only_rounds(plan: Plan) -> bool:
@@ -297,19 +316,21 @@ def _report(job: Job, runs: Sequence[Run]) -> Report:
         versions=record.versions(),
         command=job.request.command,
         created=datetime.date.today().isoformat(),
+        fingerprint=job.fingerprint,
     )
     return Report(record.SCHEMA, PROTOCOL, (origin,), tuple(runs))
 
 
-def _done(out: Path, job: Job) -> dict[str, Run]:
-    """Return the runs of the report in `out` by label, those that are wished just so; PlanError if it is another
-    model's, or made on other tokens, versions or machines."""
+def _earlier(out: Path, job: Job) -> tuple[Run, ...]:
+    """Return the runs of the report in `out`, but for those that failed; PlanError if it is another model's, or made on
+    other tokens, versions or machines."""
     if not (out / "report.json").exists():
-        return {}
+        return ()
     found = record.from_json((out / "report.json").read_text(encoding="utf-8"))
     ours, theirs = _report(job, ()).origins[0], found.origins[0]
     names = {
         "model": "model",
+        "fingerprint": "files of the model, or on another device",
         "calibration": "calibration tokens",
         "evaluation": "evaluation tokens or tasks",
         "versions": "versions",
@@ -320,8 +341,7 @@ def _done(out: Path, job: Job) -> dict[str, Run]:
             raise PlanError(272, f"--resume: the report in {out} was made with other {words}; leave --resume out.")
     if found.protocol != PROTOCOL:
         raise PlanError(272, f"--resume: the report in {out} was made by another protocol; leave --resume out.")
-    wished = job.options() | {FLOAT: {}}
-    return {run.label: run for run in found.runs if run.options == wished.get(run.label)}
+    return tuple(run for run in found.runs if "failed" not in run.options)
 
 
 def keep_weights(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from quantforge.result import Result
 from quantforge.solving import Layer
 
 Losses = Mapping[str, tuple[float, float]]
-TASKS_AT_ONCE = 32  # texts of similar length: more are hardly faster
+TASKS_AT_ONCE = 32  # texts of similar length, fewer if logits of a large vocabulary would need much memory
 WORST = 3  # layers of each run whose values are drawn
 
 
@@ -134,7 +134,9 @@ def in_dtype(label: str, dtype: torch.dtype, model: nn.Module, ground: Ground, l
 
     level  the float model's row
     """
-    other = copy.deepcopy(model).to(dtype)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():  # buffers such as the rotary frequencies stay as a loaded model has them
+        parameter.data = parameter.data.to(dtype)
     score = _score(label, other, ground)
     note = f"the float model computed in {str(dtype).removeprefix('torch.')}: differences as small as its are rounding"
     run = replace(
@@ -215,6 +217,12 @@ def measured(run: Run, score: Score, model: nn.Module, ground: Ground, drawn: Se
     )
 
 
+def _vocab(model: nn.Module) -> int:
+    config: Any = model.config
+    size: int = config.get_text_config().vocab_size
+    return size
+
+
 def _divergence(score: Score) -> DivergenceRow | None:
     found, gap = score.divergence, score.gap
     if found is None:
@@ -242,7 +250,7 @@ def _tasks(model: nn.Module, ground: Ground) -> tuple[TaskRow, ...]:
         shots=wanted.shots,
         limit=wanted.limit,
         seed=wanted.seed,
-        batch_size=1 if api.mixes_tokens(model) else TASKS_AT_ONCE,
+        batch_size=1 if api.mixes_tokens(model) else max(1, min(TASKS_AT_ONCE, 2**21 // _vocab(model))),
         folders=wanted.folders,
     )
     return tuple(

@@ -24,8 +24,14 @@ def measure(request: Request, label: str) -> Run:
         answer = Path(scratch) / "run.json"
         question = json.dumps({"request": asdict(request), "label": label, "answer": str(answer)})
         done = subprocess.run(
-            [sys.executable, "-c", "from quantforge.comparison.isolated import main; main()"],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                "from quantforge.comparison.isolated import main; main()",
+            ],  # no code of this folder
             input=question,
+            stdout=sys.stderr.fileno(),
             text=True,
             check=False,
         )

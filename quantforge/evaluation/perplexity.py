@@ -116,7 +116,7 @@ def make_reference(
             parts.append(top_k(logits, k))
             progress(losses[-1])
             if len(losses) == 1:
-                first = logits
+                first = logits[:_CHUNK].clone()
             if len(losses) >= DENSE:
                 caught.closed = True
     reference = Reference(joined_top_k(parts), tuple(losses), _whole(model, caught.hidden, first, ids))
@@ -192,7 +192,7 @@ def _whole(model: nn.Module, caught: list[Tensor], first: Tensor, ids: Tensor) -
     def logits(hidden: Tensor) -> Tensor:
         return follow(head(hidden.to(head.weight.dtype)))
 
-    return Dense(torch.stack(caught), logits) if _agree(first, logits(caught[0])) else None
+    return Dense(torch.stack(caught), logits) if _agree(first, logits(caught[0][:_CHUNK])) else None
 
 
 def _agree(direct: Tensor, replayed: Tensor) -> bool:

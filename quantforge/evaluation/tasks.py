@@ -228,6 +228,11 @@ def _file(task: TaskFile, split: str) -> Path:
     return file
 
 
+def item_files(task: TaskFile) -> list[Path]:
+    """Return the files that the items of a task and its examples come from."""
+    return sorted({_file(task, split) for split in _splits(task.raw)})
+
+
 def _items(task: TaskFile, split: str) -> tuple[Item, ...]:
     file = _file(task, split)
     finish = _finisher(task)

@@ -128,6 +128,17 @@ def check(
     _check_hub(hub)
 
 
+def digest(wanted: Sequence[str], folders: Sequence[Path] = ()) -> str:
+    """Return a digest of tasks: of the contents of those that lie in files, of the names of those of the hub."""
+    local, hub = resolve(wanted, folders)
+    found = sha256(json.dumps(hub).encode())
+    for task in local:
+        found.update(task.path.read_bytes())
+        for file in files.item_files(task):
+            found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def check_counts(shots: int | None, limit: int | None, batch_size: int) -> None:
     """Raise DataError for numbers that cannot be counts."""
     for what, value, least in (("shots", shots, 0), ("limit", limit, 1), ("the batch size", batch_size, 1)):

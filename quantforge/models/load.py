@@ -56,7 +56,9 @@ class Source:
         files = {self.path / self.gguf} if self.gguf else {self.path / "config.json"}
         if self.folder is not None:
             files |= {tensor.file for tensor in self.folder.tensors.values()}
-        return fingerprint(files, torch.__version__, transformers.__version__, device)
+        if self.trust_remote_code:
+            files |= set(self.path.rglob("*.py"))
+        return fingerprint(files, torch.__version__, transformers.__version__, device, str(self.trust_remote_code))
 
     def skeleton(self) -> nn.Module:
         """Return the model on the meta device: every layer and shape, no weights; checked against the files.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 _ROWS = 16  # below, preparing the weights takes longer than multiplying
@@ -22,11 +23,23 @@ _AVAILABLE = bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_p
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x [..., in] times weight [out, in] transposed, plus bias [out], as F.linear does."""
-    if not _AVAILABLE or x.numel() < _ROWS * x.shape[-1] or not all(map(_fits, (x, weight, bias))):
+    if not _AVAILABLE or torch.is_autocast_enabled("cpu") or not _suits(x, weight, bias):
         return F.linear(x, weight, bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     found: Tensor = _Linear.apply(x, weight, bias) if wanted else _product(x, weight, bias)  # type: ignore[no-untyped-call]
     return found
+
+
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether oneDNN is asked for what it computes as F.linear does, and enough of it."""
+    return (
+        all(map(_fits, (x, weight, bias)))
+        and weight.dim() == 2
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and x.numel() >= _ROWS * x.shape[-1]
+    )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,6 +88,11 @@ def fast_linear() -> Iterator[None]:
 
 
 def _fits(value: Tensor | None) -> bool:
+    """Tell whether a matrix is dense float32 in main memory; a subclass may be anything."""
     return value is None or (
-        value.device.type == "cpu" and value.dtype == torch.float32 and value.is_contiguous() and value.numel() > 0
+        type(value) in (Tensor, Parameter)
+        and value.device.type == "cpu"
+        and value.dtype == torch.float32
+        and value.is_contiguous()
+        and value.numel() > 0
     )

@@ -67,6 +67,24 @@ def test_what_onednn_is_not_asked_for_is_torchs_own(x, weight):
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 6)])
+def test_a_bias_of_another_shape_is_torchs_own_matter(shape):
+    x, weight, bias = draw(20, 8), draw(6, 8), draw(*shape) if shape else torch.tensor(1.5)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_a_weight_of_one_row_and_no_axis_is_torchs_own_matter():
+    x = draw(20, 8)
+    assert torch.equal(linear(x, draw(8)), F.linear(x, draw(8)))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        linear(x, draw(6, 7))
+
+
+def test_autocast_is_obeyed():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(draw(20, 8), draw(6, 8)).dtype == torch.bfloat16
+
+
 def test_models_compute_their_linear_layers_so_within_and_as_ever_outside(monkeypatch):
     asked = []
     monkeypatch.setattr(products, "linear", lambda *args: asked.append(1) or F.linear(*args))
