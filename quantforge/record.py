@@ -113,7 +113,7 @@ class Origin:
     """One comparison that a report's runs are of, and what somebody needs to repeat it; dictionaries hold JSON values.
 
     model_notes  what there is to say about the model's files
-    fingerprint  digest of the model's files, and of the versions and the device that computed with them
+    fingerprint  digest of the model's files
     """
 
     model: str

@@ -55,7 +55,9 @@ def hostile(text: str) -> Report:
         for label, perplexity in ((text, 12.0), (text + "4", 13.0), ("rtn-int4", 14.0))
     )  # fmt: skip
     facts = {text: {text: text}}
-    own = Origin(text, (text,), facts, facts | {"ids_sha256": text, "overlap": 0.5}, facts, {text: text}, text, text)
+    own = Origin(
+        text, (text,), facts, facts | {"ids_sha256": text, "overlap": 0.5}, facts, {text: text}, text, text, text
+    )
     other = dataclasses.replace(own, model=text + "2", created=text + "3")
     level, floor = a_run(text, None, 11.0, method=text, **more), a_run(text + "f", None, 11.0, method="fp", **more)
     uncompared = dataclasses.replace(runs[0], losses=(1.0,), tasks=())

@@ -22,6 +22,8 @@ from quantforge.calibration_study.design import Cell, Design, Pool
 from quantforge.calibration_study.results import Study, StudyRun, from_json, to_json
 from quantforge.calibration_study.run import JSON, calibration_study
 from quantforge.errors import DataError, PlanError, QuantForgeError, RecipeError
+from quantforge.evaluation import perplexity
+from quantforge.evaluation import reference as references
 from quantforge.models import load as loading
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
@@ -108,7 +110,7 @@ def test_overlap_is_told_before_anything_is_measured(texts, monkeypatch):
     with pytest.raises(InterruptedError):
         calibration_study(TINY, warn=said.append, **small(texts, calibrations=[texts["a"], texts["e"]]))
     assert len(said) == 1
-    assert f"{texts['e']} and {texts['e']} are the same text" in said[0]
+    assert f"{texts['e']} is the text that was calibrated on" in said[0]
 
 
 # --- what is taken over -----------------------------------------------------------------------------------------------
@@ -162,15 +164,16 @@ def test_what_was_made_otherwise_is_not_taken_over(made, texts, changes, what):
         calibration_study(TINY, out=made[0], resume=True, **small(texts, **changes))
 
 
-@pytest.mark.parametrize("field", ["model", "versions", "machine", "pools"])
+@pytest.mark.parametrize("field", ["model", "versions", "machine", "pools", "fingerprint"])
 def test_another_model_text_version_or_machine_is_named(made, texts, tmp_path, field):
     study = made[1]
     other = {
         "model": "another", "versions": {"torch": "1"}, "machine": {"processor": "other"},
-        "pools": (replace(study.pools[0], text_sha256="0"), *study.pools[1:]),
+        "pools": (replace(study.pools[0], text_sha256="0"), *study.pools[1:]), "fingerprint": "other",
     }  # fmt: skip
+    said = {"pools": "text in", "fingerprint": "version of the model files"}.get(field, field)
     (tmp_path / JSON).write_text(to_json(replace(study, **{field: other[field]})), encoding="utf-8")
-    with pytest.raises(PlanError, match=f"QF-280.*another {'text in' if field == 'pools' else field}"):
+    with pytest.raises(PlanError, match=f"QF-280.*another {said}"):
         calibration_study(TINY, out=tmp_path, resume=True, **small(texts))
 
 
@@ -179,6 +182,31 @@ def test_a_model_of_the_same_name_that_scores_otherwise_is_refused(made, texts, 
     (tmp_path / JSON).write_text(to_json(changed), encoding="utf-8")
     with pytest.raises(PlanError, match="QF-281"):
         calibration_study(TINY, out=tmp_path, resume=True, **small(texts))
+
+
+def test_the_float_model_is_run_once_for_a_model_and_text(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path / "cache"))
+    calls, own = [], perplexity.make_reference
+    monkeypatch.setattr(perplexity, "make_reference", lambda *a, **k: calls.append(1) or own(*a, **k))
+    common = {"out": tmp_path / "out", **small(texts, calibrations=[texts["a"]])}
+    first = calibration_study(TINY, **common)
+    grown = calibration_study(TINY, resume=True, **{**common, "seeds": [0, 1, 2]})
+    assert (len(calls), grown.float_losses) == (1, first.float_losses)
+    monkeypatch.setenv("QUANTFORGE_CACHE", "")
+    straight = calibration_study(TINY, **small(texts, calibrations=[texts["a"]], seeds=[0]))
+    assert straight.runs[0].kls == first.runs[0].kls
+    assert len(calls) == 2
+
+
+def test_a_kept_reference_that_something_else_computed_is_not_used(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path / "cache"))
+    own = references.save
+    monkeypatch.setattr(
+        references, "save", lambda path, found, made: own(path, replace(found, losses=(9.0,) * len(found.losses)), made)
+    )
+    losses = [calibration_study(TINY, **small(texts, method="rtn", seeds=[0])).float_losses for _ in range(2)]
+    assert list((tmp_path / "cache").iterdir())
+    assert losses[0] == losses[1]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -210,7 +238,7 @@ def test_bad_input_is_one_line_before_any_weight_is_read(texts, tmp_path, monkey
 
 def test_one_text_under_two_names_is_refused(texts, tmp_path):
     (tmp_path / "copy.txt").write_bytes(Path(texts["a"]).read_bytes())
-    with pytest.raises(DataError, match=r"QF-460.*copy\.txt' are the same text"):
+    with pytest.raises(DataError, match=r"QF-492.*copy\.txt' are the same text"):
         calibration_study(TINY, **small(texts, calibrations=[texts["a"], str(tmp_path / "copy.txt")]))
 
 
@@ -252,7 +280,7 @@ def a_study(loss, cells=(("a", 2), ("a", 4), ("b", 2), ("b", 4)), seeds=(0, 1, 2
             runs.append(StudyRun(cell, seed, f"{cell}{seed}", Overlap(0.0, False), losses, losses, 1.0))
     return replace(
         Study(
-            results.SCHEMA, "tiny", (), "gptq-int4", {"format": "int4"}, True, "A protocol.",
+            results.SCHEMA, "tiny", (), "digest", "gptq-int4", {"format": "int4"}, True, "A protocol.",
             Design(data, samples, (8,), seeds), tuple(Pool(name, "a file", name, 10**6) for name in data),
             {"name": "e"}, level, {"processor": "cpu"}, {"torch": "2"}, "quantforge calibration-study", "2026-01-01",
             tuple(runs),
@@ -314,11 +342,38 @@ def test_a_cell_that_lost_everything_is_not_measured_and_the_others_are():
     assert len(plot.drawn(study)) == 3
 
 
+def with_tokens(study: Study, tokens: int, *names: str) -> Study:
+    """Return a study whose texts of those names have so many tokens."""
+    return replace(study, pools=tuple(replace(p, tokens=tokens) if p.name in names else p for p in study.pools))
+
+
 def test_seeds_that_share_their_windows_are_said_to():
     study = a_study(wobble)
-    few = replace(study, pools=(replace(study.pools[0], tokens=60), study.pools[1]))
-    assert sum("the seeds share" in note for note in spread.notes(few)) == 1
+    assert sum("the seeds share" in note for note in spread.notes(with_tokens(study, 60, "a"))) == 1
     assert not any("the seeds share" in note for note in spread.notes(study))
+
+
+def test_seeds_that_share_most_of_their_windows_show_nothing():
+    """They agree on whatever the text does, so that by a t-test any difference would be more than chance."""
+    study = a_study(lambda cell, seed: 0.3 - (0.1 + 1e-5 * seed if cell.data == "b" else 0) + 1e-3 * cell.samples)
+    half = with_tokens(study, 8 * 8, "a", "b")  # 4 of 8 windows: just half of them are shared
+    assert [effect.loss.verdict for effect in spread.effects(half)] == ["better", "worse"]
+    assert not any("the seeds share" in note for note in spread.notes(half))
+    for names in (("a",), ("b",), ("a", "b")):
+        few = with_tokens(study, 7 * 8, *names)  # 4 of 7
+        for effect in spread.effects(few):
+            for shift in (effect.loss, effect.kl):
+                assert shift.change is not None
+                assert (shift.change.p, shift.verdict) == (1.0, spread.ALIKE)
+        assert spread.effects(few)[0].loss.change.mean == spread.effects(half)[0].loss.change.mean
+        said = [note for note in spread.notes(few) if "the seeds share" in note]
+        assert [note.partition(" are drawn")[0] for note in said] == [
+            f"4 of the 7 windows of 8 tokens in {n}" for n in names
+        ]
+        assert all("(p = 1)" in note for note in said)
+        assert "(no difference shown)" in spread.lead(few)
+    one = a_study(lambda cell, seed: 0.3 - 0.1 * (cell.data == "c"), cells=(("a", 4), ("b", 4), ("c", 4)))
+    assert [e.loss.verdict for e in spread.effects(with_tokens(one, 56, "b"))] == [spread.ALIKE, "better"]
 
 
 # --- the record and its pages -----------------------------------------------------------------------------------------

@@ -118,7 +118,10 @@ def test_evaluate_scores_float_and_quantized_models(quantized, text):
     assert found["gptq"]["perplexity"] == pytest.approx(found["fp"]["perplexity"], rel=0.1)
     assert found["gptq"]["model"] == quantized[0].name
     plain = run("evaluate", TINY, "--data", text, "--seq-len", 64, "--windows", 10).stdout
-    assert plain == f"tiny-llama: perplexity {found['fp']['perplexity']:.3f} on 10 x 64 tokens of {text}\n"
+    low, high = found["fp"]["interval"]
+    assert low < found["fp"]["perplexity"] < high
+    value = f"token perplexity {found['fp']['perplexity']:.3f} (95 %: {low:.3f} to {high:.3f})"
+    assert plain == f"tiny-llama: {value} on 10 x 64 tokens of {text}\n"
 
 
 def test_evaluate_takes_48_windows_unless_told_and_0_means_all(text):

@@ -39,7 +39,7 @@ def pages(docs):
 def report():
     """Return a report with a float run and runs of gptq, awq+gptq and nf4."""
     found = record.from_json((ROOT / "reports" / "smollm2-135m" / "report.json").read_text(encoding="utf-8"))
-    float_run, run = found.runs[0], found.runs[2]
+    float_run, run = (next(run for run in found.runs if run.method == method) for method in ("fp", "gptq"))
     assert (float_run.method, run.method) == ("fp", "gptq")
     joined = replace(run, method="awq+gptq", label="awq+gptq-int3-g64-asym range=mse", perplexity=12.3456)
     return replace(found, runs=(float_run, run, joined, replace(run, method="nf4", label="nf4-f64-dq", kl=0.5)))

@@ -107,7 +107,7 @@ provenance = objects | st.fixed_dictionaries({"text_bytes": counts, "seq_len": c
 origins = st.builds(
     Origin, model=words, model_notes=st.lists(words, max_size=2).map(tuple), calibration=objects,
     evaluation=provenance, machine=objects, versions=st.dictionaries(words, words, max_size=2), command=words,
-    created=words,
+    created=words, fingerprint=words,
 )  # fmt: skip
 reports = st.builds(
     Report, schema=st.just(record.SCHEMA), protocol=words, origins=st.tuples(origins, origins),

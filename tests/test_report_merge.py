@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from quantforge import report
 from quantforge.cli import main
 from quantforge.errors import DataError
-from quantforge.record import Report, from_json, to_json
-from quantforge.report import merge
+from quantforge.record import Report, Run, from_json, to_json
+from quantforge.report import content, drawings, groups, merge, noise
 
 _SPEC = importlib.util.spec_from_file_location("made_reports", Path(__file__).with_name("made_reports.py"))
 made_reports = importlib.util.module_from_spec(_SPEC)
@@ -49,9 +50,58 @@ def test_of_a_run_that_comes_twice_the_first_counts():
     assert [run.perplexity for run in merge([first, second]).runs] == [1.0]
 
 
-parts = st.lists(
-    st.builds(of, st.sampled_from(MODELS), st.sampled_from(LABELS)), min_size=1, max_size=5
-)  # fmt: skip
+def fell(label: str) -> Run:
+    return a_run(label, perplexity=math.nan, options={"failed": "out of memory"})
+
+
+def test_a_run_that_failed_gives_way_to_one_that_was_measured():
+    before, after = a_report(a_run("fp"), fell("q4"), a_run("q3")), a_report(a_run("q4", perplexity=2.0))
+    for reports in ([before, after], [before, a_report(fell("q4")), after, before]):
+        made = merge(reports)
+        assert [run.label for run in made.runs] == ["fp", "q4", "q3"]
+        assert made.runs[1] == after.runs[0]
+    assert merge([after, before]).runs[0] == after.runs[0]
+    assert groups.failed(merge([before, before]).runs[1])
+
+
+def twins(*fingerprints: str) -> Report:
+    """Return one comparison for each fingerprint, all else being equal, as one report."""
+    made = made_reports.rich()
+    runs = (made.runs[0], made.runs[3])
+    return merge([
+        dataclasses.replace(made, origins=(dataclasses.replace(made.origins[0], fingerprint=each),), runs=runs)
+        for each in fingerprints
+    ])  # fmt: skip
+
+
+def test_models_of_one_name_and_other_fingerprints_stay_two():
+    made = twins("3fa9c1d2", "77aa00bb")
+    assert groups.models(made) == ["tiny-135m (3fa9c1)", "tiny-135m (77aa00)"]
+    assert [name.where for name in groups.names(made)][1:3] == groups.models(made)
+    assert len(made.runs) == 2 * len(groups.settings(made)) == 4
+    assert all(made.runs[d.run].origin == made.runs[d.against].origin for d in noise.differences(made))
+    assert "no test is made between them" in noise.unpaired(made)
+    for document in (report.to_html(made), report.to_markdown(made)):
+        assert "Of tiny-135m (77aa00)" in document or "2. tiny-135m (77aa00), 2026" in document
+        assert "4.2 % of the evaluation text for tiny-135m (3fa9c1) is" in document
+    assert content.title(made) == "tiny-135m (3fa9c1) and tiny-135m (77aa00)"
+
+
+def test_fingerprints_are_shown_only_where_they_tell_apart_and_as_long_as_it_takes():
+    assert groups.models(twins("3fa9c1d2")) == groups.models(twins("3fa9c1d2", "")) == ["tiny-135m"]
+    assert len(twins("3fa9c1d2", "3fa9c1d2").origins) == 1
+    assert groups.models(twins("3fa9c1d2", "3fa9c1e2", "")) == [
+        "tiny-135m (3fa9c1d)",
+        "tiny-135m (3fa9c1e)",
+        "tiny-135m",
+    ]
+    made = twins("<b>|x", "</b>\x1b|y")
+    assert "<b>|x" not in report.to_html(made) + report.to_markdown(made)
+
+
+parts = st.lists(st.builds(of, st.sampled_from(MODELS), st.sampled_from(LABELS)), min_size=1, max_size=5) | st.lists(
+    st.sampled_from([a_report(fell("q4")), a_report(a_run("q4")), of("a", "q4")]), min_size=1, max_size=5
+)
 
 
 @given(reports=parts)
@@ -60,11 +110,13 @@ def test_merging_loses_no_row_repeats_none_and_can_be_done_in_steps(reports: lis
     assert set(rows(made)) == {row for part in reports for row in rows(part)}
     assert len(rows(made)) == len(set(rows(made)))
     assert len(made.origins) == len({part.origins[0].model for part in reports})
+    whole = {(part.origins[0].model, run.label) for part in reports for run in part.runs if not groups.failed(run)}
+    assert {(made.origins[run.origin].model, run.label) for run in made.runs if not groups.failed(run)} == whole
     step = reports[0]
     for part in reports[1:]:
         step = merge([step, part])
     assert step == made
-    assert from_json(to_json(made)) == made
+    assert from_json(to_json(made)) == from_json(to_json(step))
 
 
 def test_other_protocols_are_refused_in_one_line_that_quotes_where_they_part():
@@ -87,6 +139,34 @@ def test_two_models_are_one_plot_and_both_commands_are_told():
     assert "Colour says the model, shape the method." in page
     assert "bits per byte of text" in page
     assert "Perplexity against bits per weight" not in page
+
+
+def test_a_run_without_losses_does_not_take_their_axis_from_several_models():
+    made = made_reports.two_models()
+    diverged = dataclasses.replace(a_run("sq-int4"), losses=(math.nan, 3.0), kl=math.nan, perplexity=math.nan, origin=1)
+    bare = a_run("old-int4")
+    more = dataclasses.replace(made, runs=(*made.runs, fell("q-int4"), diverged, bare))
+    what, values = drawings.quality(more)
+    assert (what, values[: len(made.runs)]) == drawings.quality(made)
+    assert what == "bits per byte of text"
+    assert all(map(math.isnan, values[len(made.runs) :]))
+    caption = drawings.pareto(more, groups.names(more)).caption
+    assert caption.endswith("Not drawn, for want of bits per byte of text: old-int4 · tiny-135m.")
+    assert "Not drawn" not in drawings.pareto(made, groups.names(made)).caption
+
+
+def test_several_models_are_never_ranked_by_the_divergence_each_has_from_itself():
+    made = made_reports.two_models()
+    first, second = made.origins
+    made = dataclasses.replace(made, origins=(first, dataclasses.replace(second, evaluation={"ids_sha256": "c"})))
+    assert drawings.pareto(made, groups.names(made)) is None
+    page = report.to_html(made)
+    assert drawings.NO_PARETO in page
+    assert "pareto-wide" not in page
+    assert "KL divergence from the own float model" not in page
+    assert drawings.NO_PARETO in report.picture(made)
+    one = dataclasses.replace(made, origins=(first, dataclasses.replace(made.origins[1], model=first.model)))
+    assert drawings.quality(one)[0].startswith("KL divergence"), "one model's is the same float model"
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -150,6 +230,14 @@ def test_bad_files_are_refused_in_one_line_that_names_them_and_nothing_is_writte
     assert "bad.json" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_link_to_nothing_in_place_of_the_folder_is_refused_before_a_file_is_read(two, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    done = run(tmp_path / "no such file", "--out", tmp_path / "link")
+    assert done.exit_code == 2
+    assert "QF-267" in done.stderr
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_file_in_place_of_the_folder_is_refused(two, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from quantforge import report
 from quantforge.evaluation import significance
 from quantforge.record import Report, Run
-from quantforge.report import content, groups, noise, tables, to_html, to_markdown, verdicts
+from quantforge.report import content, groups, layers, noise, tables, to_html, to_markdown, verdicts
 
 _SPEC = importlib.util.spec_from_file_location("made_reports", Path(__file__).with_name("made_reports.py"))
 made_reports = importlib.util.module_from_spec(_SPEC)
@@ -138,8 +138,10 @@ def test_the_float_model_in_another_dtype_is_the_noise_floor():
     assert noise.below_floor(rich(), found(), one("rtn-int8-g64-asym", "float", "perplexity"))
     assert not noise.below_floor(rich(), found(), one("gptq-int4-g64-asym", "float", "perplexity"))
     said = content.make(rich()).noise
-    assert any("differences below this are rounding" in sentence for sentence in said)
-    assert any("rtn-int8-g64-asym is smaller than what another dtype changes" in sentence for sentence in said)
+    assert any("a difference below this is no larger than what another dtype changes" in each for each in said)
+    assert any("rtn-int8-g64-asym is no larger than what another dtype changes" in sentence for sentence in said)
+    for document in (page(), text()):
+        assert "rounding" not in document.partition("more than noise?")[2].partition("Loss by")[0]
     first = verdicts.against_float(rich(), found()).rows[0]
     assert (first[0].text, first[0].detail) == ("fp-bfloat16", "noise floor")
 
@@ -207,6 +209,23 @@ def test_the_number_of_tests_is_said():
     assert f"These are {count} tests" in page()
 
 
+def test_that_the_best_row_is_chosen_on_the_same_windows_is_said_where_it_is_compared_with():
+    said = "so that comparisons with it lean towards “worse”: more than one in 20 of them where nothing differs."
+    assert said in text()
+    assert said in page()
+    alone = content.make(dataclasses.replace(rich(), runs=(rich().runs[0], rich().runs[3])))
+    assert "These are 7 tests" in alone.caution
+    assert "“worse”" not in alone.caution
+
+
+def test_on_which_inputs_losses_are_judged_is_said_at_their_table():
+    for document, head in ((page(), "<h2>Loss by layer</h2>"), (text(), "## Loss by kind of layer")):
+        own = re.split(r"<h2>|## ", document.partition(head)[2])[0].replace("&#39;", "'")
+        assert own.count(layers.INPUTS) == 1
+    bare = dataclasses.replace(rich(), runs=rich().runs[:2])
+    assert layers.INPUTS not in to_html(bare).replace("&#39;", "'")
+
+
 @pytest.mark.parametrize(
     ("share", "said"),
     [(0.042, "4.2 % of"), (0.5, "50 % of"), (1, "100 % of"), (0.0, ""), (None, ""), (True, ""), ("0.5", ""), (-1, "")],
@@ -256,6 +275,70 @@ def test_answers_to_different_tasks_are_not_thrown_together():
     rows = verdicts.tasks(made, noise.differences(made)).rows
     assert [row[0].text for row in rows] == list(made_reports.SOME)
     assert rows[0][-1].text == "n/a"
+
+
+SMOKE = ("quantforge_pairs", "quantforge_completions", "quantforge_choices")
+BLIMP = tuple(f"blimp_paradigm_{i}" for i in range(34))
+
+
+def asked(*names: str) -> Report:
+    """Return two runs that answered tasks of these names."""
+    return a_report(*(
+        made_reports.enriched(a_run(label, bits), 0.2 * (bits is not None), tasks=names, items=20 + len(label))
+        for label, bits in (("fp", None), ("q4", 4))
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (SMOKE, {name: (name,) for name in SMOKE}),
+        ((*SMOKE, *BLIMP), {**{name: (name,) for name in SMOKE}, "blimp (34)": BLIMP}),
+        (BLIMP, {"blimp (34)": BLIMP}),
+        (BLIMP[:5], {"blimp (5)": BLIMP[:5]}),
+        (BLIMP[:4], {name: (name,) for name in BLIMP[:4]}),
+        (made_reports.SOME, {"right (%)": made_reports.SOME}),
+        ((*BLIMP, "piqa", *SMOKE), {"others (4)": ("piqa", *SMOKE), "blimp (34)": BLIMP}),
+        ((), {}),
+    ],
+    ids=len,
+)
+def test_tasks_with_one_beginning_are_one_column_of_the_results_if_they_are_many(names, columns):
+    made = asked(*names)
+    table = tables.results(made)
+    assert {k: tuple(sorted(v)) for k, v in tables.task_columns(made).items()} == {
+        k: tuple(sorted(v)) for k, v in columns.items()
+    }
+    headings = [column.heading for column in table.columns]
+    assert [heading for heading in headings if heading in columns] == list(columns)
+    for heading, own in columns.items():
+        for run, row in zip(made.runs, table.rows, strict=True):
+            pooled = "".join(task.answers for task in run.tasks if task.task in own)
+            assert row[headings.index(heading)].value == pytest.approx(100 * pooled.count("1") / len(pooled))
+
+
+def test_a_report_on_37_tasks_can_be_read_and_loses_no_column():
+    made = asked(*SMOKE, *BLIMP)
+    lines = report.table(made).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert len(lines) == 3 * 4 + 2
+    shown = {cell.strip() for line in lines for cell in line.split("|")}
+    assert {column.heading for column in tables.results(made).columns} <= shown
+    document, whole = to_markdown(made), to_html(made)
+    assert "\n".join(lines[5:9]) in document
+    assert [part.name for part in tables.parted(tables.results(made))] == ["Results", "Right answers, percent", "Cost"]
+    assert "<h3>Right answers, percent</h3>" in whole
+    for each in (document, whole):
+        assert "Columns of tasks are right answers in percent" in each
+        assert all(task in each for task in BLIMP), "the table of tasks has them all"
+    assert "Columns of tasks" not in text()
+
+
+def test_a_task_with_the_name_of_another_column_is_not_taken_for_it():
+    made = asked("seconds", "perplexity", *BLIMP)
+    parts = {part.name: [column.heading for column in part.columns] for part in tables.parted(tables.results(made))}
+    assert parts["Right answers, percent"] == ["method", "bits", "seconds", "perplexity", "blimp (34)"]
+    assert parts["Results"].count("perplexity") == parts["Cost"].count("seconds") == 1
 
 
 def test_a_task_is_marked_where_it_is_worse_by_more_than_noise():

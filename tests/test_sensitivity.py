@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from quantforge import cli, pipeline, plan, recipe
 from quantforge.calibrate import corpus
 from quantforge.errors import DataError, PlanError, QuantForgeError, RecipeError
 from quantforge.evaluation import perplexity
+from quantforge.evaluation import reference as references
 from quantforge.models import activations, arch, tiny
 from quantforge.models import load as loading
 from quantforge.sensitivity import Analysis, Cell, Section, analyze, from_json, measure, show, to_html, to_json
@@ -200,6 +202,126 @@ def test_results_of_another_model_method_or_text_are_refused(tmp_path):
         analyze(model, **common)
 
 
+def copied(tmp_path: Path) -> Path:
+    """Return a copy of the small model's folder, of the same name."""
+    return Path(shutil.copytree(TINY, tmp_path / "copy" / TINY.name))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"overrides": {"*.down_proj": {"bits": 8}}}, {"overrides": {"*.down_proj": {"bits": 6}}}, "options"),
+        ({"overrides": {"*.down_proj": {"bits": 8}}}, {"overrides": {"*.down_proj": {"group_size": 32}}}, "options"),
+        ({"overrides": {"*.down_proj": {"bits": 8}}}, {"overrides": {"*.up_proj": {"bits": 8}}}, "options"),
+        (
+            {"overrides": {"*.q_proj": {"bits": 8}, "*.0.*": {"bits": 2}}},
+            {"overrides": {"*.0.*": {"bits": 2}, "*.q_proj": {"bits": 8}}},  # the last one that matches wins
+            "options",
+        ),
+        (
+            {"weights": ["int4-g64-asym"], "overrides": {"*.up_proj": {"weights": "int8-g32-asym"}}},
+            {"weights": ["int4-g32-asym"], "group_size": 64, "overrides": {"*.up_proj": {"weights": "int8-g32-asym"}}},
+            "options of int4-g64-asym",
+        ),
+        (
+            {"inputs": "int8-token", "settings": {"inputs.threshold": 6.0, "inputs.dynamic": True}},
+            {"inputs": "int8-token", "settings": {"inputs.threshold": 3.0, "inputs.dynamic": True}},
+            "options",
+        ),
+        (
+            {"inputs": "int8-token"},
+            {"inputs": "int8-token", "settings": {"inputs.threshold": 6.0, "inputs.dynamic": True}},
+            "options",
+        ),
+        ({"method": "hqq"}, {"method": "hqq", "settings": {"solver.norm": 0.5}}, "options"),
+    ],
+)
+def test_cells_of_other_options_are_not_taken_over(before, after, said, tmp_path):
+    common = {"model": tiny.make("llama"), "by": ["kind"], "data": tokens(windows=1), "out": tmp_path}
+    common |= {} if "weights" in before else {"bits": [4]}
+    first = analyze(**common, **before)
+    with pytest.raises(PlanError, match=f"QF-291.*another {said}"):
+        analyze(**common, **after, resume=True)
+    if "weights" not in before:
+        with pytest.raises(
+            PlanError, match=r"QF-291.*another options;"
+        ):  # nor do columns of other options stand beside
+            analyze(**{**common, "bits": [3]}, **after, resume=True)
+    again = analyze(**common, **before, resume=True)
+    assert again == from_json(to_json(first))
+
+
+def test_an_override_that_takes_its_width_from_the_column_goes_on_in_another(tmp_path):
+    common = {"by": ["kind"], "data": tokens(windows=1), "out": tmp_path}
+    common["overrides"] = {"*.down_proj": {"group_size": 32}}
+    analyze(tiny.make("llama"), bits=[2, 4], **common)
+    found = analyze(tiny.make("llama"), bits=[4, 3], resume=True, **common)
+    assert len(found.sections[0].cells) == 3 * (1 + 7)
+    assert list(found.columns) == list(found.sections[0].formats) == [f"int{bits}-g64-asym" for bits in (2, 4, 3)]
+    inner = [column["overrides"]["*.down_proj"]["format"][:8] for column in found.columns.values()]
+    assert inner == ["int2-g32", "int4-g32", "int3-g32"]
+
+
+@pytest.mark.parametrize("by", ["block", "kind"])
+def test_other_model_files_of_the_same_name_are_refused(by, tmp_path, change_tensors):
+    folder, out = copied(tmp_path), tmp_path / "out"
+    common = {"bits": [4], "data": tokens(windows=2), "out": out}
+    first = analyze(folder, by=["block"], **common)
+    assert first.sections[0].fingerprint == loading.find(str(folder)).fingerprint("cpu")
+    assert analyze(TINY, by=["block"], resume=True, **common).sections == from_json(to_json(first)).sections
+    change_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].mul_(1.01))
+    with pytest.raises(PlanError, match=r"QF-291.*by block of other model files") as error:
+        analyze(folder, by=[by], resume=True, **common)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [[4], [3]])
+@pytest.mark.parametrize("by", ["block", "kind"])
+def test_another_model_in_memory_is_told_by_its_losses(bits, by, tmp_path):
+    model, common = tiny.make("llama"), {"data": tokens(windows=2), "out": tmp_path}
+    first = analyze(model, by=["block"], bits=[4], **common)
+    assert first.sections[0].fingerprint == ""
+    written = (tmp_path / "sensitivity.json").read_bytes()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(3)
+    with pytest.raises(PlanError, match=r"QF-291.*on window 0.* it has changed") as error:
+        analyze(other, by=[by], bits=bits, resume=True, **common)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "sensitivity.json").read_bytes() == written
+    assert len(analyze(model, by=[by], bits=bits, resume=True, **common).sections[-1].cells) >= len(bits)
+
+
+def test_the_float_model_is_run_once_for_a_model_and_text(tmp_path, monkeypatch):
+    calls, own = [], perplexity.make_reference
+    monkeypatch.setattr(perplexity, "make_reference", lambda *a, **k: calls.append(1) or own(*a, **k))
+    common = {"data": tokens(windows=2), "out": tmp_path / "out"}
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path / "cache"))
+    analyze(TINY, by=["block", "kind"], bits=[4], **common)
+    cached = analyze(TINY, by=["block"], bits=[4, 3], resume=True, **common).section("block")
+    assert len(calls) == 1
+    monkeypatch.setenv("QUANTFORGE_CACHE", "")
+    straight = analyze(TINY, bits=[3], data=common["data"]).section("block")
+    assert len(calls) == 2
+    assert straight.losses == cached.losses
+    for cell in straight.cells:
+        assert cached.cell(cell.part, cell.format).kls == cell.kls
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path / "memory"))
+    analyze(tiny.make("llama"), bits=[4], data=common["data"])
+    assert not (tmp_path / "memory").exists()  # nothing tells a model in memory from another
+
+
+def test_a_kept_reference_that_something_else_computed_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
+    own = references.save
+    monkeypatch.setattr(
+        references, "save", lambda path, found, made: own(path, replace(found, losses=(9.0,) * len(found.losses)), made)
+    )
+    losses = [analyze(TINY, bits=[4], data=tokens(windows=2)).sections[0].losses for _ in range(2)]
+    assert list(tmp_path.iterdir())
+    assert losses[0] == losses[1]
+
+
 def run(*args: object):
     result = CliRunner().invoke(cli.main, ["sensitivity", *map(str, args)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -274,11 +396,11 @@ def section(cells: dict[str, tuple[float, ...]], whole: tuple[float, ...], level
     ]
     parts = tuple(PartRow(name, i, 1, 10) for i, name in enumerate(cells))
     losses = (level,) * len(whole)
-    return Section("block", {"name": "x"}, {}, {}, "", "2026-01-01", losses, ("int4",), parts, tuple(found))
+    return Section("block", {"name": "x"}, {}, "", {}, "", "2026-01-01", losses, ("int4",), parts, tuple(found))
 
 
 def analysis(*sections: Section, **more) -> Analysis:
-    return replace(Analysis(1, "m", (), "rtn", {}, sections), **more)
+    return replace(Analysis(2, "m", (), "rtn", {}, {}, sections), **more)
 
 
 NOISE = (0.2, -0.1, 0.15, -0.25, 0.1, -0.05, 0.2, -0.2)

@@ -30,14 +30,16 @@ def task(name: str, file: str) -> dict[str, object]:
 
 def write(data: Path, out: Path, items: int | None = None) -> list[str]:
     """Write the task files for the .jsonl files of `data`, and return the tasks' names."""
+    if data.resolve() == out.resolve():
+        raise SystemExit(f"{out} holds the data itself; name another folder")
     files = sorted(data.glob("*.jsonl"))
     if not files:
         raise SystemExit(f"{data} holds no .jsonl files")
     out.mkdir(parents=True, exist_ok=True)
     names = [f"blimp_{file.stem}" for file in files]
     for name, file in zip(names, files, strict=True):
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:items]
-        (out / file.name).write_text("".join(lines), encoding="utf-8")
+        lines = file.read_text(encoding="utf-8").strip("\n").split("\n")[:items]
+        (out / file.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         (out / f"{name}.yaml").write_text(yaml.safe_dump(task(name, file.name), sort_keys=False), encoding="utf-8")
     group = yaml.safe_dump({"group": "blimp", "task": names}, sort_keys=False)
     (out / "blimp.yaml").write_text(group, encoding="utf-8")

@@ -1,8 +1,8 @@
 """Put the tables that the README shows into it, from the committed reports: `make readme`.
 
 A line `<!-- table: FILE -->` is followed by the table of that report, up to `<!-- end of table -->`; a line
-`<!-- methods: FILE -->` by a row for each of its runs, with the method's page and paper; a line `<!-- plot: FILE -->` by
-its plot of quality against size, a file beside the report. Such a slot stays as it is while its report does not exist.
+`<!-- methods: FILE -->` by a row for each of its runs, with the method's page and paper; a line `<!-- plot: FILE -->`
+by its plot of quality against size, a file beside the report. Such a slot stays as it is while there is no report.
 """
 
 import re

@@ -42,10 +42,12 @@ class Overlap:
         common = f"{self.share:.1%} of the evaluation text's runs of {self.n} tokens"
         if not self.same:
             said = f"{common} in {evaluation} occur in the calibration text {calibration}"
-        elif isnan(self.share):
-            said = f"{calibration} and {evaluation} are the same text"
         else:
-            said = f"{calibration} and {evaluation} are the same text, and {common} were calibrated on"
+            said = f"{evaluation} is the text that was calibrated on"
+            if calibration != evaluation:
+                said = f"{calibration} and {evaluation} are the same text"
+            if self.share >= LIMIT:
+                said += f", and {common} were calibrated on"
         return f"overlap: {said}; figures on it flatter whatever was calibrated, use other text"
 
 

@@ -94,7 +94,7 @@ def draw(
         text = corpus.load_text(name, "calibration")
         for other, _ in found:
             if other.text_sha256 == text.sha256:
-                raise DataError(460, f"{other.name!r} and {name!r} are the same text; leave one of them out.")
+                raise DataError(492, f"{other.name!r} and {name!r} are the same text; leave one of them out.")
         encoded = tokenizer(text.text, verbose=False)  # once, for all windows
         run = overlap.run_length(len(text.text.encode()) / max(len(encoded["input_ids"]), 1))
         cells = [cell for cell in design.cells if cell.data == name]

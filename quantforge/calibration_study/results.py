@@ -15,7 +15,7 @@ from quantforge.calibrate.overlap import Overlap
 from quantforge.calibration_study.design import Cell, Design, Pool
 from quantforge.errors import DataError
 
-SCHEMA = "quantforge-calibration-study-1"
+SCHEMA = "quantforge-calibration-study-2"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class StudyRun:
 class Study:
     """The runs of a study, and what somebody needs to repeat it; dictionaries hold JSON values.
 
+    fingerprint   of the model's files, and of the versions and the device that computed with them
     method        label of the method and its format
     options       what sets it apart from others of that label
     needs         whether the method looks at calibration data at all
@@ -66,6 +67,7 @@ class Study:
     schema: str
     model: str
     model_notes: tuple[str, ...]
+    fingerprint: str
     method: str
     options: dict[str, Any]
     needs: bool
@@ -96,12 +98,12 @@ def from_json(text: str, where: str = "calibration-study.json") -> Study:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(461, f"{where} is not JSON: {error}.") from error
+        raise DataError(493, f"{where} is not JSON: {error}.") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = repr(data.get("schema"))[:60] if isinstance(data, dict) else type(data).__name__
-        raise DataError(461, f"{where} is no study that this version reads: its schema is {found}, not {SCHEMA!r}.")
+        raise DataError(493, f"{where} is no study that this version reads: its schema is {found}, not {SCHEMA!r}.")
     study: Study = record.read_value("study", data, Study)
     for i, run in enumerate(study.runs):
         if not run.losses or len(run.losses) != len(study.float_losses) or len(run.kls) not in (0, len(run.losses)):
-            raise DataError(461, f"{where}: run {i} has not one loss for each of {len(study.float_losses)} windows.")
+            raise DataError(493, f"{where}: run {i} has not one loss for each of {len(study.float_losses)} windows.")
     return study

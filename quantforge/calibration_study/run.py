@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantforge import api, recipe, record
+from quantforge import api, recipe, record, resources
 from quantforge.calibrate import corpus, overlap
 from quantforge.calibration_study import pages, results
 from quantforge.calibration_study.design import Design, Draw, draw
@@ -19,6 +19,7 @@ from quantforge.comparison import keep_weights, restore_weights
 from quantforge.comparison.wishes import told
 from quantforge.errors import PlanError
 from quantforge.evaluation import perplexity
+from quantforge.evaluation import reference as references
 from quantforge.evaluation.reference import Reference
 from quantforge.models import load as loading
 from quantforge.plan import Plan, make
@@ -65,8 +66,8 @@ def calibration_study(
     samples       windows of a run; seq_lens: their length in tokens
     data          evaluation text, of which the first `windows` (None: all) of `eval_seq_len` tokens are scored
     out           a folder for calibration-study.json, .md and .html; the first is written after every run
-    resume        take over the runs of the calibration-study.json in `out`, which must be of the same model, method,
-                  texts, versions and machine; the design may be another
+    resume        take over the runs of the calibration-study.json in `out`, which must be of the same model files,
+                  method, texts, versions and machine; the design may be another
     warn          is told of overlap between calibration and evaluation text, before anything is measured
 
     The other arguments are those of `quantforge.quantize`. Everything that needs no weights is checked before they are
@@ -103,6 +104,7 @@ def calibration_study(
         schema=results.SCHEMA,
         model=source.name,
         model_notes=source.notes,
+        fingerprint=source.fingerprint(device),
         method=chosen.label,
         options=told(plan),
         needs=bool(plan.needs),
@@ -144,6 +146,7 @@ def _taken_over(study: Study, folder: Path, draws: Sequence[Draw]) -> Study:
         *((f"text in {pool.name}", pool, texts.get(pool.name, pool)) for pool in study.pools),
         ("versions", study.versions, found.versions),
         ("machine", study.machine, found.machine),
+        ("version of the model files, or on another device", study.fingerprint, found.fingerprint),
     ]
     for what, mine, theirs in pairs:
         if mine != theirs:
@@ -170,11 +173,10 @@ def _measured(
     folder: Path | None,
 ) -> Study:
     """Return `study` with a run for every draw; each is written to `folder` as it is done."""
-    with bar("fp", len(ids)) as step:
-        reference, score = perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
-    if study.float_losses and not _same_model(score.losses, study.float_losses):
+    reference = _reference(model, ids, study.fingerprint)
+    if study.float_losses and not _same_model(reference.losses, study.float_losses):
         raise PlanError(281, f"--resume: {study.model} scores otherwise than when {folder} was made: it has changed.")
-    study = replace(study, float_losses=score.losses)
+    study = replace(study, float_losses=reference.losses)
     originals = keep_weights(model, [plan])
     done = {(run.cell, run.seed) for run in study.runs}
     for each in draws:
@@ -186,6 +188,21 @@ def _measured(
         if folder is not None:
             write_text(folder / JSON, results.to_json(study))
     return study
+
+
+def _reference(model: nn.Module, ids: Tensor, fingerprint: str) -> Reference:
+    """Return what the float model predicts over ids [windows, seq_len]: kept from an earlier run, or made and kept."""
+
+    def make() -> Reference:
+        with bar("fp", len(ids)) as step:
+            found, _ = perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
+        return replace(found, dense=None)
+
+    config: Any = model.config
+    made = references.made(fingerprint, ids, config.get_text_config().vocab_size)
+    found = references.get(resources.cache_dir(), made, make)
+    again = perplexity.evaluate(model, ids[:1]).losses
+    return found if _same_model(again, found.losses[:1]) else make()  # kept by something that computed otherwise
 
 
 def _run(each: Draw, model: nn.Module, plan: Plan, ids: Tensor, reference: Reference, tokenizer: Any) -> StudyRun:

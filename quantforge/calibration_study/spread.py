@@ -14,7 +14,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from quantforge.calibrate import overlap
 from quantforge.calibrate.overlap import Overlap
-from quantforge.calibration_study.design import Cell
+from quantforge.calibration_study.design import Cell, Pool
 from quantforge.calibration_study.results import Study, StudyRun
 from quantforge.evaluation import significance
 from quantforge.evaluation.significance import Change
@@ -118,7 +118,8 @@ def effects(study: Study) -> list[Effect]:
     """Return the change from the first level of each factor that has several to each other; none before all are done.
 
     A seed's draws in the cells of one set are not independent, so that the seeds themselves are what is counted: each
-    gives one change, and Student's t-test asks whether their mean differs from 0.
+    gives one change, and Student's t-test asks whether their mean differs from 0. Where the seeds of a cell share most
+    of their windows they agree whatever chance does, and the test is not made: p = 1.
     """
     done = {(run.cell, run.seed): run for run in study.runs}
     if any((cell, seed) not in done for cell in study.design.cells for seed in study.design.seeds):
@@ -131,9 +132,23 @@ def effects(study: Study) -> list[Effect]:
                 [[done[c, seed] for c in study.design.cells if level_of(c) == level] for seed in study.design.seeds]
                 for level in (first, other)
             )
-            shifts = (_shift(measure, before, after) for measure in (_losses, _kls))
+            compared = [cell for cell in study.design.cells if level_of(cell) in (first, other)]
+            apart = not any(shares_most(study, cell) for cell in compared)
+            shifts = (_shift(measure, before, after, apart=apart) for measure in (_losses, _kls))
             found.append(Effect(factor, first, other, *shifts))
     return found
+
+
+def shares_most(study: Study, cell: Cell) -> bool:
+    """Tell whether two seeds of a cell share, on average, more than half of the windows that each draws.
+
+    A second draw finds each window of the first with the chance samples / available.
+    """
+    return any(2 * cell.samples > _available(pool, cell.seq_len) for pool in study.texts if pool.name == cell.data)
+
+
+def _available(pool: Pool, length: int) -> int:
+    return pool.tokens // length
 
 
 def noise(study: Study) -> float:
@@ -157,14 +172,13 @@ def notes(study: Study) -> list[str]:
         found.append(f"{count} next to nothing of chance: give --seeds three or more before any difference can count.")
     if len(study.float_losses) < FEW_WINDOWS:
         found.append(f"{len(study.float_losses)} evaluation windows are too few for an interval; use 48.")
-    for pool in study.texts:
-        for samples, length in ((s, n) for s in study.design.samples for n in study.design.seq_lens):
-            available = pool.tokens // length
-            if 2 * samples > available:
-                found.append(
-                    f"{samples} of the {available} windows of {length} tokens in {pool.name} are drawn: the seeds "
-                    "share most of them, so that their spread says too little."
-                )
+    pools = {pool.name: pool for pool in study.texts}
+    for cell in filter(lambda cell: shares_most(study, cell), study.design.cells):
+        found.append(
+            f"{cell.samples} of the {_available(pools[cell.data], cell.seq_len)} windows of {cell.seq_len} tokens in "
+            f"{cell.data} are drawn: the seeds share most of them and tell too little of chance. Their spread is too "
+            "small, and no difference that they are part of is shown (p = 1): use a longer text, or fewer windows."
+        )
     return found
 
 
@@ -200,14 +214,17 @@ def _shown(found: Sequence[Effect]) -> str:
     return "shown" if loss else "shown by KL only" if kl else ALIKE
 
 
-def _shift(measure: Measure, before: list[list[StudyRun]], after: list[list[StudyRun]]) -> Shift:
-    """Return the shift of a value per window from runs of one level to those of another, both by seed."""
+def _shift(measure: Measure, before: list[list[StudyRun]], after: list[list[StudyRun]], *, apart: bool) -> Shift:
+    """Return the shift of a value per window from runs of one level to those of another, both by seed.
+
+    apart  whether seeds draw windows of their own; else p = 1
+    """
     means = [[fmean(_window_means(runs, measure)) for runs in level] for level in (before, after)]
     by_seed = [theirs - ours for ours, theirs in zip(*means, strict=True)]
     change = _change(*(_window_means([run for runs in level for run in runs], measure) for level in (before, after)))
     if change is None:
         return Shift(None, math.nan, UNMEASURED)
-    change = Change(change.mean, max(change.p, _t_test(by_seed)))
+    change = Change(change.mean, max(change.p, _t_test(by_seed)) if apart else 1.0)
     return Shift(change, spread(by_seed).deviation, significance.verdict(change))
 
 

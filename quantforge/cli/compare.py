@@ -112,5 +112,6 @@ def compare(
         isolate=isolate,
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
+        warn=lambda line: click.secho(f"warning: {line}", err=True, fg="red"),
     )
     print_result(record.to_json(found) if as_json else f"{report.table(found)}\n{out / 'report.html'}")

@@ -91,17 +91,23 @@ def _text(found: Evaluation) -> str:
     interval = found.interval
     known = "" if math.isnan(interval.low) else f" (95 %: {interval.low:.3f} to {interval.high:.3f})"
     line = f"{found.model}: token perplexity {found.perplexity:.3f}{known} on {on}{through}"
-    return line if found.against is None else f"{line}\n{_compared(found.against)}"
+    return line if found.against is None else f"{line}\n{_compared(found.against, len(found.losses))}"
 
 
-def _compared(found: Against) -> str:
+def _few(windows: int) -> str:
+    """Say so where no difference could be shown, whatever it is: n windows have one sign by chance in 2 of 2ⁿ cases."""
+    return "; too few windows to show any" if windows < 6 else ""
+
+
+def _compared(found: Against, windows: int) -> str:
     ratio, kl, tokens = found.ratio, found.kl, found.divergence
     return (
-        f"against {found.model} ({found.perplexity:.3f}): x {ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}], "
-        f"{found.verdict} (p = {found.p:.2g})\n"
+        f"against {found.model} ({found.perplexity:.3f}): perplexity x {ratio.value:.4f} "
+        f"[{ratio.low:.4f}, {ratio.high:.4f}], "
+        f"{found.verdict} (p = {found.p:.2g}{_few(windows)})\n"
         f"KL at least {kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] nats per token, median {tokens.median:.4f}, "
         f"99 % of tokens up to {tokens.p99:.3f}; the same token first in {tokens.agreement:.1%}; "
-        f"{tokens.lost:,} right ones lost and {tokens.gained:,} gained of {tokens.tokens:,}"
+        f"{tokens.lost:,} right ones lost, {tokens.gained:,} gained of {tokens.tokens:,}"
     )
 
 

@@ -31,7 +31,11 @@ def calibration(command: Command) -> Command:
     """Add the options of calibration text."""
     for option in (
         click.option(
-            "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of --shuffle."
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0, 2**63 - 1),
+            help="Seed of --shuffle and --shots.",
         ),
         click.option("--shuffle", is_flag=True, help="Draw the windows instead of taking the first ones."),
         click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window."),

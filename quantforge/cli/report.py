@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantforge.cli.options import print_result
-from quantforge.errors import DataError, PlanError
+from quantforge.errors import DataError
 
 if TYPE_CHECKING:
     from quantforge.record import Report
@@ -27,11 +27,9 @@ def report(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """
     from quantforge import record
     from quantforge import report as reports
-    from quantforge.store import check_writable
+    from quantforge.store import check_report_folder
 
-    if out.exists() and not out.is_dir():
-        raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
-    check_writable(out)
+    check_report_folder(out)
     merged = reports.merge([_read(file) for file in files], [str(file) for file in files])
     reports.write(merged, out)
     print_result(record.to_json(merged) if as_json else f"{reports.table(merged)}\n{out / 'report.html'}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantforge import api, exporters, pipeline, record, report, resources
 from quantforge.calibrate import overlap
+from quantforge.calibrate.overlap import Overlap
 from quantforge.comparison import cells, isolated, wishes
 from quantforge.comparison.cells import Ground, Tasks
 from quantforge.comparison.wishes import DTYPES, FLOAT, Request
@@ -73,6 +74,7 @@ def compare(
     isolate: bool = False,
     trust_remote_code: bool = False,
     command: str = "",
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Quantize a model by each of `methods` at each of `bits`, score every result, and report.
 
@@ -88,6 +90,7 @@ def compare(
              comparison leaves it that was interrupted
     isolate  measure each row in a process of its own: one that dies costs its row only
     command  the command line, for the report
+    warn     called with what the user should know before the work begins, such as common text
 
     The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
     weight is read. Raises the subclasses of QuantForgeError.
@@ -96,6 +99,7 @@ def compare(
     if not models or len(set(map(_folder, models))) < len(models):
         raise RecipeError(226, "there is nothing to compare: name at least one model, and each by a name of its own.")
     wanted = api.wished_tasks(tasks, suite, tuple(map(Path, task_dirs)))
+    api.check_together(bool(wanted), rolling=False, kv=None, counts=(shots, limit))
     requests = [
         Request(
             model=None if one is None else str(one),
@@ -128,6 +132,9 @@ def compare(
     place = None if out is None else Path(out)
     own = [place if place is None or len(models) == 1 else place / _folder(one) for one in models]
     ready = [prepare(request, folder, resume=resume) for request, folder in zip(requests, own, strict=True)]
+    for job in ready:
+        if said := job.common.warning(job.calib_from["name"], job.data_from["name"]):
+            warn(said)
     found = [_measure(job, folder, resume=resume, isolate=isolate) for job, folder in zip(ready, own, strict=True)]
     whole = found[0] if len(found) == 1 else report.merge(found)
     if place is not None:
@@ -161,6 +168,7 @@ class Job:
     data_from: dict[str, Any]
     tasks: Tasks | None
     fingerprint: str
+    common: Overlap
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Return what the row of each label is made with, in order: only a row made so can be taken over."""
@@ -209,7 +217,7 @@ def prepare(request: Request, out: Path | None = None, *, resume: bool = False) 
     dtypes = {name: DTYPES[name] for name in request.methods if name in DTYPES}
     return Job(
         request, source, skeleton, tokenizer, plans, caches, dtypes, calib, calib_from, ids, data_from, tasks,
-        source.fingerprint(request.device),
+        source.digest(), common,
     )  # fmt: skip
 
 
@@ -283,7 +291,7 @@ def _reference(job: Job, model: nn.Module) -> tuple[Reference, Score]:
     """Return what the float model predicts, kept from an earlier comparison if there was one, and its score."""
     ids, scores = job.ids, list[Score]()
     vocab = job.source.config.get_text_config().vocab_size
-    made = references.made(job.fingerprint, ids, vocab)
+    made = references.made(job.source.fingerprint(job.request.device), ids, vocab)
 
     def make() -> Reference:
         with bar(FLOAT, len(ids)) as step:
@@ -312,7 +320,7 @@ def _report(job: Job, runs: Sequence[Run]) -> Report:
         model_notes=job.source.notes,
         calibration=job.calib_from,
         evaluation=job.data_from,
-        machine=record.machine(),
+        machine=record.machine() | {"device": job.request.device},
         versions=record.versions(),
         command=job.request.command,
         created=datetime.date.today().isoformat(),
@@ -330,7 +338,7 @@ def _earlier(out: Path, job: Job) -> tuple[Run, ...]:
     ours, theirs = _report(job, ()).origins[0], found.origins[0]
     names = {
         "model": "model",
-        "fingerprint": "files of the model, or on another device",
+        "fingerprint": "files of the model",
         "calibration": "calibration tokens",
         "evaluation": "evaluation tokens or tasks",
         "versions": "versions",

@@ -24,14 +24,10 @@ def measure(request: Request, label: str) -> Run:
         answer = Path(scratch) / "run.json"
         question = json.dumps({"request": asdict(request), "label": label, "answer": str(answer)})
         done = subprocess.run(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                "from quantforge.comparison.isolated import main; main()",
-            ],  # no code of this folder
+            # -P: no code of the current folder
+            [sys.executable, "-P", "-c", "from quantforge.comparison.isolated import main; main()"],
             input=question,
-            stdout=sys.stderr.fileno(),
+            stdout=subprocess.DEVNULL,
             text=True,
             check=False,
         )

@@ -34,6 +34,12 @@ _METRICS = {"multiple_choice": ("acc", "acc_norm"), "loglikelihood": ("acc", "pe
 _EVALUATED, _EXAMPLES = "test", "examples"  # the names that the two parts get
 
 
+class _Missing(StrictUndefined):
+    """A field that an item lacks; one inside of a list is noticed too, which shows its items by repr."""
+
+    __repr__ = StrictUndefined.__str__
+
+
 @dataclass(frozen=True)
 class Item:
     """One item, finished.
@@ -178,7 +184,7 @@ def _task(path: Path, name: str, raw: dict[str, Any]) -> TaskFile:
         if key in _CODE:
             raise DataError(463, f"{path.name} asks for code or other files by {key!r}; it is read as data only.")
         if key not in _READ | _IGNORED:
-            raise DataError(464, f"{path.name}: the key {key!r} is not known here: {_near(key, sorted(_READ))}")
+            raise DataError(464, f"{path.name}: the key {key!r} is not known here; {_near(key, sorted(_READ))}")
     _check_values(path, raw)
     if raw.get("dataset_path") != "json":
         raise DataError(
@@ -245,7 +251,7 @@ def _items(task: TaskFile, split: str) -> tuple[Item, ...]:
         except Exception as error:  # a template can raise anything
             what = f"{type(error).__name__}: {error}"
             raise DataError(
-                467, f"{where}: a template of {task.path.name} cannot be filled in: {what:.200}."
+                467, f"{where}: a template of {task.path.name} cannot be filled in: {what.rstrip('.'):.200}."
             ) from error
         found.append(item)
     if not found:
@@ -302,7 +308,7 @@ def _template(task: TaskFile, key: str) -> Callable[[dict[str, Any]], Any]:
     if not isinstance(value, str):
         return lambda row: value
     # a sandbox, since lm-eval's own templates can reach anything in Python
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = ImmutableSandboxedEnvironment(undefined=_Missing, keep_trailing_newline=True)
     try:
         template = environment.from_string(value)
     except TemplateError as error:

@@ -19,8 +19,9 @@ __all__ = ["escape_markdown", "merge", "number", "perplexity", "picture", "table
 
 
 def table(report: Report) -> str:
-    """Return the table of results alone, in Markdown, one row per run."""
-    return tables.markdown(tables.results(report), marks=False)
+    """Return the table of results alone, in Markdown, one row per run; with several columns of answers, as three."""
+    parts = tables.parted(tables.results(report), tables.MOST_IN_TEXT)
+    return "\n".join(tables.markdown(part, marks=False) for part in parts)
 
 
 def to_markdown(report: Report) -> str:

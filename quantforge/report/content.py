@@ -8,7 +8,7 @@ from math import isfinite
 
 from quantforge.record import Report
 from quantforge.report import layers, noise, tables, verdicts
-from quantforge.report.groups import Name, lowest, measured, models, names, reference, setting, settings
+from quantforge.report.groups import Name, lowest, measured, model_name, models, names, reference, setting, settings
 from quantforge.report.noise import Difference
 from quantforge.report.tables import Table
 from quantforge.report.words import joined, number, perplexity, width_in_words
@@ -18,6 +18,7 @@ from quantforge.report.words import joined, number, perplexity, width_in_words
 class Content:
     """What the documents show; a table without rows is not shown.
 
+    models     the name of each origin's model
     alerts     what makes the numbers untrustworthy, said first
     footnotes  (mark, text) of each note on size
     notes      (the run's name or nothing, what there is to say)
@@ -29,6 +30,7 @@ class Content:
     title: str
     dates: str
     names: tuple[Name, ...]
+    models: tuple[str, ...]
     alerts: tuple[str, ...]
     lead: str
     results: Table
@@ -42,10 +44,12 @@ class Content:
     by_task: Table
     divergence: Table
     losses: Table
+    inputs_of_losses: str
     widest: Table
     experts: Table
     has_best: bool
     has_intervals: bool
+    has_answers: bool
 
 
 def make(report: Report) -> Content:
@@ -61,6 +65,7 @@ def make(report: Report) -> Content:
         title=title(report),
         dates=joined(list(dict.fromkeys(origin.created for origin in report.origins)), 3),
         names=tuple(called),
+        models=tuple(model_name(report, place) for place in range(len(report.origins))),
         alerts=tuple(alerts(report)),
         lead=lead(report, found),
         results=results,
@@ -74,10 +79,12 @@ def make(report: Report) -> Content:
         by_task=verdicts.by_task(report, found),
         divergence=tables.divergence(report),
         losses=layers.losses(report),
+        inputs_of_losses=layers.INPUTS,
         widest=layers.widest(report),
         experts=layers.experts(report),
         has_best=any(cell.tone == "best" for row in results.rows for cell in row),
         has_intervals=any(cell.detail for table in (results, tasks) for row in table.rows for cell in row[1:]),
+        has_answers=any(c.about == tables.ANSWERS and c.heading != tables.RIGHT for c in results.columns),
     )
 
 
@@ -89,10 +96,10 @@ def title(report: Report) -> str:
 def alerts(report: Report) -> list[str]:
     """Say of each comparison whose evaluation text is in part its calibration text how large that part is."""
     said = []
-    for origin in report.origins:
+    for place, origin in enumerate(report.origins):
         share = origin.evaluation.get("overlap")
         if isinstance(share, (int, float)) and not isinstance(share, bool) and share > 0:
-            several = f" ({origin.model})" if len(models(report)) > 1 else ""
+            several = f" for {model_name(report, place)}" if len(models(report)) > 1 else ""
             said.append(
                 f"{number(100 * share, '.2g' if share < 0.1 else '.0f')} % of the evaluation text{several} is also in "
                 "the calibration text: methods that calibrate look better than they are."
@@ -131,7 +138,14 @@ def _caution(found: Sequence[Difference]) -> str:
     count = sum(bool(each.verdict) for each in found)
     if not count:
         return ""
-    return (
-        f"A difference counts if p < {noise.LEVEL}. These are {count:,} tests: where nothing differs, about one in "
-        f"{round(1 / noise.LEVEL)} finds a difference all the same."
+    one_in = f"one in {round(1 / noise.LEVEL)}"
+    said = (
+        f"A difference counts if p < {noise.LEVEL}. These are {count:,} tests: where nothing differs, about {one_in} "
+        "finds a difference all the same."
     )
+    if any(each.verdict and each.role == "best" for each in found):
+        said += (
+            " The best of a width is chosen on the same windows that it is compared on, so that comparisons with it "
+            f"lean towards “worse”: more than {one_in} of them where nothing differs."
+        )
+    return said

@@ -12,15 +12,18 @@ from markupsafe import Markup
 
 from quantforge.errors import clean
 from quantforge.record import Histogram, Report, Run
-from quantforge.report.groups import Name, is_float, is_floor, models, settings
+from quantforge.report.groups import Name, is_float, is_floor, model_name, models, settings
 from quantforge.report.groups import names as called
+from quantforge.report.noise import usable
 from quantforge.report.tables import bits_per_byte
-from quantforge.report.words import width_in_words
+from quantforge.report.words import joined, width_in_words
 
 if TYPE_CHECKING:
     from quantforge.plots import Spot
 
 MOST_PANELS, MOST_PANELS_OF_RUN = 48, 8
+BYTE = "bits per byte of text"
+NO_PARETO = "No quality that can be compared between these models was measured: not all have bits per byte of text."
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,28 @@ def cleaned(report: Report, names: Sequence[Name]) -> list[Run]:
 def quality(report: Report) -> tuple[str, list[float]]:
     """Return what the runs can be ranked by, in words, and its value for each.
 
-    Perplexity where all share their evaluation tokens; else bits per byte, which needs no common tokenizer; else KL.
+    Perplexity where all share their evaluation tokens; else bits per byte, which needs no common tokenizer, if all that
+    have losses have it; else, for one model, KL. The words are empty for several models without bits per byte: each is
+    at 0 from itself, so that KL does not rank them.
     """
     if len({digest for _, digest in settings(report)}) <= 1:
         return "perplexity", [run.perplexity for run in report.runs]
     values = [bits_per_byte(report, run) for run in report.runs]
-    if all(math.isfinite(value) for value in values):
-        return "bits per byte of text", values
+    known = [math.isfinite(value) for run, value in zip(report.runs, values, strict=True) if usable(run.losses)]
+    if known and all(known):
+        return BYTE, values
+    if len(models(report)) > 1:
+        return "", [math.nan] * len(values)
     return "KL divergence from the own float model, nats", [run.kl for run in report.runs]
 
 
-def pareto(report: Report, names: Sequence[Name]) -> Plot:
-    """Return the plot of quality against bytes on disk."""
+def pareto(report: Report, names: Sequence[Name]) -> Plot | None:
+    """Return the plot of quality against bytes on disk; None for several models that no quality ranks."""
     from quantforge import plots  # matplotlib takes a second; reading a record must not
 
     what, values = quality(report)
+    if not what:
+        return None
     spots, runs = _spots(report, names, values), cleaned(report, names)
     several = len(models(report)) > 1
     colors = markers = None
@@ -84,15 +94,26 @@ def pareto(report: Report, names: Sequence[Name]) -> Plot:
         )
         for size, width in (("wide", plots.WIDE), ("narrow", plots.NARROW))
     )
-    return Plot(wide, narrow, "Colour says the model, shape the method." if several else "")
+    said = ["Colour says the model, shape the method."] if several else []
+    ranked = zip(report.runs, names, values, strict=True)
+    unknown = [name.text for run, name, value in ranked if math.isfinite(run.perplexity) and not math.isfinite(value)]
+    if unknown and what == BYTE:
+        said.append(f"Not drawn, for want of {BYTE}: {joined(unknown)}.")
+    return Plot(wide, narrow, " ".join(said))
 
 
 def picture(report: Report) -> str:
-    """Return the plot of quality against bytes on disk as an SVG file that stands alone, light and dark."""
+    """Return the plot of quality against bytes on disk as an SVG file that stands alone, light and dark.
+
+    Where there is none, the drawing says why.
+    """
+    from quantforge import plots
+
     css = (Path(__file__).parent.parent / "templates" / "report.css.j2").read_text(encoding="utf-8")
     variables = css[: css.index("* {")]  # of both themes
     text = "svg { background: var(--paper) } text { font-family: var(--sans) }"
-    drawing = str(pareto(report, called(report)).wide)
+    plot = pareto(report, called(report))
+    drawing = str(plot.wide) if plot else plots.svg(plots.empty(plots.WIDE, NO_PARETO), "pareto-none", NO_PARETO)
     head, _, rest = drawing.partition(">")
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{variables}{text}</style>{rest}\n'
 
@@ -108,7 +129,7 @@ def _spots(report: Report, names: Sequence[Name], values: Sequence[float]) -> li
         if run.bytes_on_disk is None or not (level or run.bits is not None):
             continue
         own = "" if level else look[plots.series(clear)].name
-        color, shape = (clean(report.origins[run.origin].model), clean(run.method)) if several else (own, own)
+        color, shape = (clean(model_name(report, run.origin)), clean(run.method)) if several else (own, own)
         size = float(min(run.bytes_on_disk, 10**30))
         found.append(plots.Spot(clean(run.label if several else name.text), color, shape, size, value, level))
     # one float model measured on several machines is one mark

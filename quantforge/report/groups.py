@@ -10,6 +10,7 @@ from quantforge.record import Origin, Report, Run
 
 FLOAT = "fp"  # the method of the float model, whatever its dtype
 CACHE = "kv:"  # leads the methods that only store the cache in few bits
+DIGITS = 6  # of a fingerprint, after the name of a model that shares it with another
 
 Setting = tuple[str, str]
 """A model and the digest of its evaluation tokens: runs that share both can be compared window by window."""
@@ -28,17 +29,30 @@ class Name:
         return f"{self.label} · {self.where}" if self.where else self.label
 
 
+def model_name(report: Report, place: int) -> str:
+    """Return what the model of the origin at `place` is called: its name, and where other fingerprints have the same
+    name the first digits of its own, as many as tell them apart."""
+    own = report.origins[place]
+    same = {other.fingerprint for other in report.origins if other.model == own.model and other.fingerprint}
+    if len(same) < 2 or not own.fingerprint:
+        return own.model
+    digits = DIGITS
+    while len({fingerprint[:digits] for fingerprint in same}) < len(same):
+        digits += 1
+    return f"{own.model} ({own.fingerprint[:digits]})"
+
+
 def models(report: Report) -> list[str]:
     """Return the models that there are runs of, in order of appearance; without runs, those of the origins."""
-    used = [report.origins[run.origin].model for run in report.runs]
-    return list(dict.fromkeys(used or [origin.model for origin in report.origins]))
+    used = [run.origin for run in report.runs] or range(len(report.origins))
+    return list(dict.fromkeys(model_name(report, place) for place in used))
 
 
 def names(report: Report) -> list[Name]:
     """Return the name of every run: the label; with several models the model too; the machine, the date or the
     number of the comparison where that does not tell two runs apart."""
     several = len(models(report)) > 1
-    found = [Name(run.label, report.origins[run.origin].model if several else "") for run in report.runs]
+    found = [Name(run.label, model_name(report, run.origin) if several else "") for run in report.runs]
     tellers: tuple[Callable[[Origin], str], ...] = (_machine, lambda origin: origin.created)
     for tell in tellers:
         found = _told_apart(found, [tell(report.origins[run.origin]) for run in report.runs])
@@ -62,9 +76,8 @@ def _machine(origin: Origin) -> str:
 
 def setting(report: Report, run: Run) -> Setting:
     """Return a run's model and evaluation tokens; tokens of unknown digest are only those of their own origin."""
-    origin = report.origins[run.origin]
-    digest = origin.evaluation.get("ids_sha256")
-    return origin.model, digest if isinstance(digest, str) else f"origin {run.origin}"
+    digest = report.origins[run.origin].evaluation.get("ids_sha256")
+    return model_name(report, run.origin), digest if isinstance(digest, str) else f"origin {run.origin}"
 
 
 def settings(report: Report) -> list[Setting]:

@@ -9,6 +9,10 @@ from quantforge.report.groups import names
 from quantforge.report.tables import METHOD, Cell, Column, Table, figure, name_cell
 
 FEW_ROWS = 20  # of a run, where a page cannot hold all layers
+INPUTS = (
+    "Rows of methods that only round are judged on the float model's inputs, those of GPTQ and the like on the inputs "
+    "that come through the layers already quantized, so that losses of the two are not of the same inputs."
+)
 
 _WIDE = "largest |x| over the calibration tokens"
 _SEEN = "of the experts of a block"

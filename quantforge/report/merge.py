@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from quantforge.errors import DataError, clean
 from quantforge.record import SCHEMA, Origin, Report, Run
+from quantforge.report.groups import failed
 
 
 def merge(reports: Sequence[Report], files: Sequence[str] = ()) -> Report:
     """Return one report with the comparisons and runs of all of them, in their order.
 
-    Equal comparisons become one, in which the first of several runs of one label counts. Raises DataError 478 for no
-    report, or if the numbers were not measured in the same way.
+    Equal comparisons, of models with the same fingerprint, become one, in which of several runs of one label the first
+    counts that did not fail. Raises DataError 478 for no report, or if the numbers were not measured in the same way.
 
     files  what the reports are called in an error
     """
@@ -28,14 +29,18 @@ def merge(reports: Sequence[Report], files: Sequence[str] = ()) -> Report:
     origins: list[Origin] = []
     runs: list[Run] = []
     for report in reports:
-        before = {(run.origin, run.label) for run in runs}
+        before = {(run.origin, run.label): i for i, run in reversed(list(enumerate(runs)))}
         places = []
         for origin in report.origins:
             if origin not in origins:
                 origins.append(origin)
             places.append(origins.index(origin))
-        moved = (replace(run, origin=places[run.origin]) for run in report.runs)
-        runs += [run for run in moved if (run.origin, run.label) not in before]
+        for run in (replace(run, origin=places[run.origin]) for run in report.runs):
+            place = before.get((run.origin, run.label))
+            if place is None:
+                runs.append(run)
+            elif failed(runs[place]) and not failed(run):
+                runs[place] = run
     return Report(SCHEMA, reports[0].protocol, tuple(origins), tuple(runs))
 
 

@@ -39,6 +39,7 @@ def render(content: Content) -> str:
             report=report,
             results=tables.parted(content.results),
             plots=plots,
+            no_pareto=drawings.NO_PARETO,
             layers=layers.shown(report, MOST_ROWS if less < 2 else 0),
             by_task=content.by_task if less < 3 else None,
             histograms=shown,

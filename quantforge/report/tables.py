@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from markupsafe import Markup
@@ -135,12 +135,33 @@ def bits_per_byte(report: Report, run: Run) -> float:
     return math.fsum(run.losses) * (length - 1) / math.log(2) / size if usable(run.losses) else math.nan
 
 
-def all_answers(report: Report) -> dict[int, str]:
-    """Return every run's answers to all tasks, by its place; nothing unless those that have tasks have the same."""
+def all_answers(report: Report, tasks: Collection[str] | None = None) -> dict[int, str]:
+    """Return every run's answers to all tasks, or to `tasks`, by its place.
+
+    Nothing unless those runs that have tasks have the same.
+    """
     asked = {i: [(t.task, t.items, t.shots) for t in run.tasks] for i, run in enumerate(report.runs) if run.tasks}
-    if any(tasks != next(iter(asked.values())) for tasks in asked.values()):
+    if any(found != next(iter(asked.values())) for found in asked.values()):
         return {}
-    return {i: "".join(task.answers for task in report.runs[i].tasks) for i in asked}
+    return {i: "".join(t.answers for t in report.runs[i].tasks if tasks is None or t.task in tasks) for i in asked}
+
+
+def task_columns(report: Report) -> dict[str, tuple[str, ...]]:
+    """Return the columns of answers that the results have: the heading of each and its tasks; none without answers.
+
+    Tasks that share what leads to their first "_" are one column where there are more than MOST_ALONE, called
+    "blimp (34)". All others have a column each, or are one if the columns would be more than MOST_ALONE.
+    """
+    asked = list(dict.fromkeys(task.task for run in report.runs for task in run.tasks)) if all_answers(report) else []
+    families: dict[str, list[str]] = {}
+    for task in asked:
+        families.setdefault(task.partition("_")[0], []).append(task)
+    large = {name: tasks for name, tasks in families.items() if len(tasks) > MOST_ALONE}
+    alone = [task for tasks in families.values() if len(tasks) <= MOST_ALONE for task in tasks]
+    found = {f"{name} ({len(tasks)})": tuple(tasks) for name, tasks in large.items()}
+    if not alone or len(found) + len(alone) <= MOST_ALONE:
+        return {task: (task,) for task in alone} | found
+    return {f"others ({len(alone)})" if found else RIGHT: tuple(alone)} | found
 
 
 QUALITY: tuple[Measure, ...] = (
@@ -158,14 +179,18 @@ COST: tuple[Measure, ...] = (
     (Column("tokens/s", "of the evaluation, whole windows at once"), lambda r: figure(r.tokens_per_second, ",.0f")),
 )
 BYTE = Column("bits/byte", "bits for each byte of the evaluation text, whatever the tokenizer; lower is better")
-RIGHT = Column("right (%)", "answers to all tasks' items that are right, percent")
+ANSWERS = "right answers to all items, percent"
+RIGHT = "right (%)"
+MOST_ALONE = 4  # tasks with columns of their own among the results
+MOST_IN_TEXT = 12  # columns of the results in Markdown: all there are with one of answers
 
 
 def results(report: Report) -> Table:
     """Return the table of results: everything that was measured, a row for each run."""
     measures = [measure for _, measure in (*QUALITY, *COST)]
     columns = [METHOD, *(column for column, _ in (*QUALITY, *COST))]
-    marked, answers, (marks, _) = best(report), all_answers(report), footnotes(report)
+    marked, (marks, _) = best(report), footnotes(report)
+    answers = {heading: all_answers(report, tasks) for heading, tasks in task_columns(report).items()}
     place = columns.index(QUALITY[-1][0]) + 1
     rows = []
     for i, (run, name) in enumerate(zip(report.runs, names(report), strict=True)):
@@ -175,10 +200,9 @@ def results(report: Report) -> Table:
                 cells[k] = replace(cells[k], tone="best")
             if column.heading == SIZE and i in marks:
                 cells[k] = replace(cells[k], mark=marks[i])
-        rows.append(
-            (*cells[:place], figure(bits_per_byte(report, run), ".4f"), right(answers.get(i, "")), *cells[place:])
-        )
-    columns[place:place] = [BYTE, RIGHT]
+        shares = (right(own.get(i, "")) for own in answers.values())
+        rows.append((*cells[:place], figure(bits_per_byte(report, run), ".4f"), *shares, *cells[place:]))
+    columns[place:place] = [BYTE, *(Column(heading, ANSWERS) for heading in answers)]
     return measured_only(Table("Results", tuple(columns), tuple(rows), soft(report)), keep=3 if rows else 1)
 
 
@@ -188,17 +212,28 @@ def soft(report: Report) -> frozenset[int]:
 
 
 def parted(table: Table, most: int = 8) -> list[Table]:
-    """Part the results into quality and cost if they have more than `most` columns: both then fit a page's width."""
-    cost = {column.heading for column, _ in COST if column.heading != SIZE}
+    """Part the results into quality and cost if they have more than `most` columns: both then fit a page's width.
+
+    Several columns of answers are a part of their own.
+    """
     if len(table.columns) <= most:
         return [table]
-    first = [i for i, c in enumerate(table.columns) if c.heading not in cost and c.heading != "bits"]
-    second = [i for i, c in enumerate(table.columns) if c.heading in cost | {METHOD.heading, "bits", SIZE}]
-    return [
-        replace(table, name=name, columns=tuple(table.columns[i] for i in places),
-                rows=tuple(tuple(_unmarked(row[i], keep) for i in places) for row in table.rows))
-        for name, places, keep in (("Results", first, True), ("Cost", second, False)) if len(places) > 3
-    ]  # fmt: skip
+    size, *rest = (column for column, _ in COST)
+    bits, cost = QUALITY[0][0], {column for column in table.columns if column in rest}
+    answers = {column for column in table.columns if column.about == ANSWERS}
+    answers = answers if len(answers) > 1 else set()
+    if not answers | cost:
+        return [table]
+    parts = [_part(table, "Results", set(table.columns) - {bits} - cost - answers)]
+    parts += [_part(table, "Right answers, percent", {METHOD, bits} | answers)] if answers else []
+    return [*parts, *([_part(table, "Cost", {METHOD, bits, size} | cost)] if cost else [])]
+
+
+def _part(table: Table, name: str, columns: set[Column]) -> Table:
+    """Return some of the columns as a table of their own; only the first of the parts has the marks of footnotes."""
+    places = [i for i, column in enumerate(table.columns) if column in columns]
+    rows = tuple(tuple(_unmarked(row[i], name == table.name) for i in places) for row in table.rows)
+    return replace(table, name=name, columns=tuple(table.columns[i] for i in places), rows=rows)
 
 
 def _unmarked(cell: Cell, keep: bool) -> Cell:

@@ -59,7 +59,7 @@ def _pair(report: Report, found: Sequence[Difference], each: Difference | None) 
         return EMPTY, EMPTY
     if not each.verdict:
         return EMPTY, Cell("not compared", "", each.reason)
-    remark = "less than another dtype changes" if below_floor(report, found, each) else ""
+    remark = "no more than another dtype changes" if below_floor(report, found, each) else ""
     said = Cell(each.verdict, each.verdict, ", ".join(filter(None, (p_value(each.p), remark))), tone=_tone(each))
     if each.what == "answers":
         return Cell(f"−{each.lost:,} +{each.gained:,}", each.gained - each.lost, f"of {each.size:,}"), said
@@ -75,7 +75,7 @@ def _tone(each: Difference) -> str:
 
 
 def floor_sentences(report: Report, found: Sequence[Difference]) -> list[str]:
-    """Say for each run that is the float model in another dtype what it changes: less than that is rounding."""
+    """Say for each run that is the float model in another dtype what it changes, and what that means for others."""
     said, called = [], names(report)
     for i, own in floors(report, found).items():
         run, parts = report.runs[i], []
@@ -90,14 +90,14 @@ def floor_sentences(report: Report, found: Sequence[Difference]) -> list[str]:
             parts.append(f"{number(100 * (1 - run.divergence.agreement), 'z.2f')} % of the most probable tokens")
         if parts:
             said.append(
-                f"{called[i].text} is the float model in another dtype. It changes {joined(parts)}: differences below "
-                "this are rounding."
+                f"{called[i].text} is the float model in another dtype. It changes {joined(parts)}: a difference below "
+                "this is no larger than what another dtype changes."
             )
     return said
 
 
 def summary(report: Report, found: Sequence[Difference]) -> str:
-    """Say of which runs no difference in perplexity from the float model is shown, or only one as of rounding.
+    """Say for which runs no difference in perplexity from the float model is shown, or none beyond another dtype's.
 
     Empty if none was compared.
     """
@@ -112,7 +112,7 @@ def summary(report: Report, found: Sequence[Difference]) -> str:
     if alike:
         said.append(f"No difference in perplexity from the float model is shown for {joined(alike)}.")
     if rounding:
-        said.append(f"The difference of {joined(rounding)} is smaller than what another dtype changes.")
+        said.append(f"The difference of {joined(rounding)} is no larger than what another dtype changes.")
     if len(told) > len(alike) + len(rounding):
         rest = "The other quantized rows differ" if said else "Every quantized row that was compared differs"
         said.append(f"{rest} from the float model in perplexity by more than noise.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quantforge import api, plan, recipe
 from quantforge.calibrate import corpus
+from quantforge.comparison.wishes import told
 from quantforge.errors import RecipeError, pick
 from quantforge.evaluation.reference import digest
 from quantforge.models import check
@@ -59,7 +60,8 @@ def analyze(
     weights  notations of formats, in place of the method's own
     windows  of `seq_len` tokens from the start of the text, 0 for all; None: 48, and 8 by layer
     out      a folder for sensitivity.json, which has every cell as soon as it is measured, .md and .html
-    resume   go on with what is in `out`
+    resume   go on with what is in `out`, which must be of the same model files, options, text and versions; a model in
+             memory must lose on every window what it lost then
 
     Sections that `out` has by other parts stay. Everything that needs no weights is checked before they are read.
     Raises the subclasses of QuantForgeError.
@@ -77,15 +79,22 @@ def analyze(
     plans = {_format(chosen): plan.make(opened.skeleton, chosen, opened.dtype) for chosen in recipes}
     tokenizer = tokenizer or opened.tokenizer
     texts = functools.partial(_tokens, data, tokenizer=tokenizer, config=opened.config, seq_len=seq_len)
-    jobs, sections = [], []
+    jobs, evaluations = [], []
     for way in dict.fromkeys(by):
         job, evaluation = texts(way, WINDOWS[way] if windows is None else windows or None)
         job = replace(job, parts=parts_of(next(iter(plans.values())), way))
         jobs.append(job)
-        sections.append(new_section(job, evaluation, plans, command))
-    found = Analysis(SCHEMA, opened.name, opened.notes, method, _options(recipes[0]), tuple(sections))
+        evaluations.append(evaluation)
+    fingerprint = opened.fingerprint()
+    sections = [
+        new_section(job, evaluation, plans, fingerprint, command)
+        for job, evaluation in zip(jobs, evaluations, strict=True)
+    ]
+    columns = {fmt: told(one) for fmt, one in plans.items()}
+    options = _options(next(iter(columns.values())), overrides)
+    found = Analysis(SCHEMA, opened.name, opened.notes, method, options, columns, tuple(sections))
     found = joined(folder, found, resume=resume)
-    if any(missing(found, job, plans) for job in jobs):
+    if not fingerprint or any(missing(found, job, plans) for job in jobs):
         built = opened.build()
         for job in jobs:
             for section in measure(built, plans, job, found):
@@ -99,7 +108,10 @@ def analyze(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model that is checked but not read: its name, notes, config and layers, and what reads it."""
+    """A model that is checked but not read: its name, notes, config and layers, and what reads it.
+
+    fingerprint  returns that of its files, which takes reading them once; "" for a model in memory
+    """
 
     name: str
     notes: tuple[str, ...]
@@ -108,6 +120,7 @@ class _Opened:
     skeleton: nn.Module
     tokenizer: Any
     build: Callable[[], nn.Module]
+    fingerprint: Callable[[], str]
 
 
 def _open(model: str | Path | nn.Module | None, device: str, out: Path | None, *, trust_remote_code: bool) -> _Opened:
@@ -118,13 +131,14 @@ def _open(model: str | Path | nn.Module | None, device: str, out: Path | None, *
         check.check_finite(model)
         own = next(model.parameters()).dtype
         dtype = torch.float32 if own == torch.float64 else own
-        return _Opened(type(model).__name__, (), model.config, dtype, model, None, lambda: model)
+        return _Opened(type(model).__name__, (), model.config, dtype, model, None, lambda: model, str)
     source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
     if out is not None:
         check_report_folder(out, source.path)
     build = functools.partial(loading.model, source, device)
     skeleton, tokenizer = source.skeleton(), loading.tokenizer(source)
-    return _Opened(source.name, tuple(source.notes), source.config, source.dtype, skeleton, tokenizer, build)
+    notes, digested = tuple(source.notes), functools.partial(source.fingerprint, device)
+    return _Opened(source.name, notes, source.config, source.dtype, skeleton, tokenizer, build, digested)
 
 
 def _tokens(
@@ -186,11 +200,13 @@ def _format(chosen: Recipe) -> str:
     return chosen.label.removeprefix(f"{chosen.name}-")
 
 
-def _options(chosen: Recipe) -> dict[str, Any]:
-    """Return, as JSON values, what all columns have in common."""
-    parts = {f"{part}.{key}": value for part, values in chosen.options().items() for key, value in values.items()}
-    others = {
-        f"override {pattern}": "float" if other is None else {"method": other.name, **_options(other)}
-        for pattern, other in chosen.overrides
-    }
-    return parts | others
+def _options(column: dict[str, Any], overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    """Return what all columns have in common: what one is made with less its format; overrides in their order.
+
+    What an override does not say it takes from the column, so that it stands as it was asked for.
+    """
+    common = {key: value for key, value in column.items() if key not in ("format", "overrides")}
+    if overrides:
+        wishes = (",".join(f"{key}={value}" for key, value in wish.items()) for wish in overrides.values())
+        common["overrides"] = "; ".join(map(":".join, zip(overrides, wishes, strict=True)))
+    return common

@@ -13,15 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge import pipeline, record
+from quantforge import pipeline, record, resources
 from quantforge.errors import PlanError
 from quantforge.evaluation import perplexity
+from quantforge.evaluation import reference as references
+from quantforge.evaluation.reference import Reference
 from quantforge.models import activations, arch
 from quantforge.numerics.products import fast_linear
 from quantforge.plan import Plan
 from quantforge.progress import bar
 from quantforge.sensitivity.prefix import Prefix
-from quantforge.sensitivity.results import WHOLE, Analysis, Cell, PartRow, Section, check_same, read
+from quantforge.sensitivity.results import (
+    CLOSE,
+    WHOLE,
+    Analysis,
+    Cell,
+    PartRow,
+    Section,
+    check_losses,
+    check_same,
+    from_json,
+    read,
+    to_json,
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +61,13 @@ def _first(names: Sequence[str]) -> int:
     return min(arch.block_index(name) or 0 for name in names)
 
 
-def new_section(job: Job, evaluation: dict[str, Any], plans: Mapping[str, Plan], command: str) -> Section:
+def new_section(
+    job: Job, evaluation: dict[str, Any], plans: Mapping[str, Plan], fingerprint: str, command: str
+) -> Section:
     """Return a section in which nothing has been measured.
 
-    plans  by the name of the format, each for all layers
+    plans        by the name of the format, each for all layers
+    fingerprint  of the model's files; "" for a model in memory
     """
     layers = next(iter(plans.values())).layers
     rows = []
@@ -58,7 +75,7 @@ def new_section(job: Job, evaluation: dict[str, Any], plans: Mapping[str, Plan],
         shapes = [layers[name].shape for name in names]
         rows.append(PartRow(part, _first(names), len(names), sum(out * width for out, width in shapes)))
     today = datetime.date.today().isoformat()
-    facts = (job.by, evaluation, record.versions(), record.machine(), command, today)
+    facts = (job.by, evaluation, record.versions(), fingerprint, record.machine(), command, today)
     return Section(*facts, losses=(), formats=tuple(plans), parts=tuple(rows), cells=())
 
 
@@ -68,6 +85,7 @@ def joined(out: Path | None, found: Analysis, *, resume: bool) -> Analysis:
     if earlier is None:
         return found
     assert out is not None
+    found = from_json(to_json(found))  # as the other one was: JSON has no tuples and no infinities
     check_same(out, earlier, found)
     for section in found.sections:
         old = earlier.section(section.by)
@@ -78,7 +96,7 @@ def joined(out: Path | None, found: Analysis, *, resume: bool) -> Analysis:
             section = replace(section, formats=formats, losses=old.losses, cells=old.cells)
             section = replace(section, machine=old.machine, created=old.created, command=old.command)
         earlier = earlier.having(section)
-    return earlier
+    return replace(earlier, columns=earlier.columns | found.columns)
 
 
 def missing(found: Analysis, job: Job, plans: Mapping[str, Plan]) -> list[tuple[str, str]]:
@@ -91,22 +109,28 @@ def missing(found: Analysis, job: Job, plans: Mapping[str, Plan]) -> list[tuple[
 
 
 def measure(model: nn.Module, plans: Mapping[str, Plan], job: Job, found: Analysis) -> Iterator[Section]:
-    """Measure the cells that a section lacks; yield it after each."""
+    """Measure the cells that a section lacks; yield it after each.
+
+    Raises PlanError if it has losses of a float model that are not this one's.
+    """
     section = found.section(job.by)
     assert section is not None
     for twin in found.sections:  # everything at once is the same cell, however the model is cut
-        if twin.by != job.by and (twin.evaluation, twin.versions) == (section.evaluation, section.versions):
+        if twin.by != job.by and _alike(twin, section):
             copies = tuple(c for c in twin.cells if c.part == WHOLE and section.cell(WHOLE, c.format) is None)
             wanted = tuple(c for c in copies if c.format in section.formats)
             section = replace(section, cells=(*section.cells, *wanted), losses=section.losses or twin.losses)
     left = missing(found.having(section), job, plans)
+    if not left and section.fingerprint:
+        yield section
+        return
+    reference = _reference(model, job, section.fingerprint)
+    if section.losses:
+        check_losses(section, reference.losses)
+    section = replace(section, losses=section.losses or reference.losses)
     if not left:
         yield section
         return
-    with bar(f"by {job.by}: float", len(job.ids)) as step, fast_linear():
-        reference, score = perplexity.make_reference(model, job.ids, lambda loss: step(f"loss {loss:.3f}"))
-    if not section.losses:
-        section = replace(section, losses=score.losses)
     prefix = Prefix(model, _blocks(model, plans), job.ids, reference)
     with bar(f"by {job.by}", len(left)) as step:
         for part, fmt in left:
@@ -116,6 +140,27 @@ def measure(model: nn.Module, plans: Mapping[str, Plan], job: Job, found: Analys
             section = replace(section, cells=(*section.cells, replace(cell, part=part, format=fmt)))
             step(f"{part or 'all'} {fmt}")
             yield section
+
+
+def _alike(one: Section, other: Section) -> bool:
+    """Tell whether what two sections measure of the whole model is the same."""
+    return all(getattr(one, name) == getattr(other, name) for name in ("evaluation", "versions", "fingerprint"))
+
+
+def _reference(model: nn.Module, job: Job, fingerprint: str) -> Reference:
+    """Return what the float model predicts: kept from an earlier run where its files are known, else made."""
+
+    def make() -> Reference:
+        with bar(f"by {job.by}: float", len(job.ids)) as step, fast_linear():
+            return perplexity.make_reference(model, job.ids, lambda loss: step(f"loss {loss:.3f}"))[0]
+
+    if not fingerprint:
+        return make()
+    config: Any = model.config
+    made = references.made(fingerprint, job.ids, config.get_text_config().vocab_size)
+    found = references.get(resources.cache_dir(), made, make)
+    (loss,) = perplexity.evaluate(model, job.ids[:1]).losses
+    return make() if abs(loss - found.losses[0]) > CLOSE else found  # kept by something that computed otherwise
 
 
 def _blocks(model: nn.Module, plans: Mapping[str, Plan]) -> list[nn.Module]:

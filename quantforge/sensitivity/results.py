@@ -6,16 +6,19 @@ Every name in it is untrusted text: whatever prints it must escape it.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from quantforge import record
 from quantforge.errors import DataError, PlanError
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "sensitivity.json"
 WHOLE = ""  # the part that is everything
+CLOSE = 1e-3  # nats of a window's loss: two measurements of one float model differ by less, whatever the threads
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,17 @@ class Cell:
 class Section:
     """The model cut into parts in one way, and every cell that has been measured so far.
 
-    by          "block", "kind" or "layer"
-    evaluation  where the tokens came from
-    losses      of the float model on each window, nats per token
-    formats     in the order of the columns
+    by           "block", "kind" or "layer"
+    evaluation   where the tokens came from
+    fingerprint  of the model's files, and of what computed with them; "" for a model in memory
+    losses       of the float model on each window, nats per token
+    formats      in the order of the columns
     """
 
     by: str
     evaluation: dict[str, Any]
     versions: dict[str, str]
+    fingerprint: str
     machine: dict[str, Any]
     command: str
     created: str
@@ -81,7 +86,8 @@ class Section:
 class Analysis:
     """Everything that is known of one model and method; dictionaries hold JSON values.
 
-    options  of the method's parts, its overrides among them
+    options  what all columns have in common: options of the method's parts, inputs, overrides as they were asked for
+    columns  what each format was made with, its overrides in full: only a cell made so can be taken over
     """
 
     schema: int
@@ -89,6 +95,7 @@ class Analysis:
     model_notes: tuple[str, ...]
     method: str
     options: dict[str, Any]
+    columns: dict[str, dict[str, Any]]
     sections: tuple[Section, ...]
 
     def section(self, by: str) -> Section | None:
@@ -138,6 +145,8 @@ def check_same(out: Path, earlier: Analysis, found: Analysis) -> None:
     """Raise PlanError, naming what differs, unless new results can go beside the earlier ones."""
     for name in ("model", "method", "options"):
         _same(out, name, getattr(earlier, name), getattr(found, name))
+    for fmt in earlier.columns.keys() & found.columns.keys():
+        _same(out, f"options of {fmt}", earlier.columns[fmt], found.columns[fmt])
     for section in found.sections:
         old = earlier.section(section.by)
         if old is not None:
@@ -147,6 +156,27 @@ def check_same(out: Path, earlier: Analysis, found: Analysis) -> None:
             for key in old.versions.keys() | section.versions.keys():
                 _same(out, f"version of {key}{where}", old.versions.get(key), section.versions.get(key))
             _same(out, f"parts{where}", old.parts, section.parts)
+        _check_files(out, earlier, section)
+
+
+def _check_files(out: Path, earlier: Analysis, section: Section) -> None:
+    """Raise PlanError if a section by whatever parts is of other files; with other versions none can be told."""
+    for old in earlier.sections:
+        if old.versions == section.versions and old.fingerprint != section.fingerprint:
+            raise PlanError(
+                291, f"{out} has results by {old.by} of other model files, or another device; choose another folder."
+            )
+
+
+def check_losses(section: Section, losses: tuple[float, ...]) -> None:
+    """Raise PlanError if the float model's losses (nats, by window) are not those recorded: it is another model."""
+    for i, (old, new) in enumerate(zip_longest(section.losses, losses, fillvalue=math.nan)):
+        if math.isfinite(old) != math.isfinite(new) or abs(old - new) > CLOSE:
+            raise PlanError(
+                291,
+                f"the float model loses {new:.4f} nats on window {i}, and {old:.4f} when results by {section.by} were "
+                "made: it has changed; choose another folder.",
+            )
 
 
 def _plainest(key: str) -> tuple[int, str]:

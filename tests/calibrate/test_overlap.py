@@ -102,8 +102,10 @@ def test_a_warning_comes_with_the_same_text_or_a_share_that_counts():
     assert Overlap(math.nan, False).warning("a", "b") == ""
     said = Overlap(0.25, False).warning("a.txt", "b.txt")
     assert "25.0% of the evaluation text's runs of 13 tokens in b.txt" in said
-    same = Overlap(0.0, True).warning("a.txt", "b.txt")
-    assert "a.txt and b.txt are the same text, and 0.0%" in same
+    assert "a.txt and b.txt are the same text;" in Overlap(0.0, True).warning("a.txt", "b.txt")
+    same = Overlap(0.5, True).warning("a.txt", "b.txt")
+    assert "a.txt and b.txt are the same text, and 50.0%" in same
+    assert "a.txt is the text that was calibrated on" in Overlap(1, True).warning("a.txt", "a.txt")
     assert "nan" not in Overlap(math.nan, True).warning("a", "b")
 
 

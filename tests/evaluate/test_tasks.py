@@ -137,7 +137,7 @@ def test_a_line_that_is_no_object_is_named(tmp_path, line):
         ({"output_type": "generate_until"}, "output_type 'generate_until' is not measured"),
         ({"doc_to_text": None}, "lacks doc_to_text"),
         ({"doc_to_choice": None}, "lacks doc_to_choice"),
-        ({"doc_to_txt": "a"}, "key 'doc_to_txt' is not known here: did you mean 'doc_to_text'?"),
+        ({"doc_to_txt": "a"}, "key 'doc_to_txt' is not known here; did you mean 'doc_to_text'?"),
         ({"num_fewshot": -1}, "num_fewshot must be a number"),
         ({"num_fewshot": True}, "num_fewshot must be a number"),
         ({"target_delimiter": 3}, "target_delimiter must be text"),
@@ -239,7 +239,8 @@ def test_the_task_file_of_the_documentation_works(tmp_path):
     (block,) = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "mine.yaml").write_text(block)
     pair = {"sentence_good": "Who left?", "sentence_bad": "Left who?"}
-    (tmp_path / "adjunct_island.jsonl").write_text(json.dumps(pair))
-    folder = tasks.read_folder(tmp_path)
-    (item,) = tasks.config(folder.tasks["blimp_adjunct_island"])["custom_dataset"]()["test"]
+    (named,) = re.findall(r"test: (\w+\.jsonl)", block)
+    (tmp_path / named).write_text(json.dumps(pair))
+    (task,) = tasks.read_folder(tmp_path).tasks.values()
+    (item,) = tasks.config(task)["custom_dataset"]()["test"]
     assert item == {"text": "", "choices": ["Who left?", "Left who?"], "target": 0, "description": ""}
