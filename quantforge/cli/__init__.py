@@ -61,6 +61,7 @@ def main() -> None:
 
 
 for command in (quantize.quantize, evaluate.evaluate, compare.compare, show.inspect, show.methods, show.formats_):
+    command.context_settings = main.context_settings  # also where a command is called without the group
     main.add_command(command)
 main.add_command(sensitivity.sensitivity)
 main.add_command(calibration_study.calibration_study)

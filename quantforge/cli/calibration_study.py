@@ -14,6 +14,7 @@ from quantforge.cli.options import (
     parse_overrides,
     parse_settings,
     print_result,
+    print_warning,
     weight_format,
     windows_option,
 )
@@ -90,7 +91,7 @@ def calibration_study(
         resume=resume,
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
-        warn=lambda line: click.secho(f"warning: {line}", err=True, fg="red"),
+        warn=print_warning,
     )
     print_result(results.to_json(found) if as_json else f"{pages.to_text(found)}\n{out / 'calibration-study.html'}")
 

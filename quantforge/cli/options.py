@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from quantforge.errors import RecipeError, ResourceError
+from quantforge.errors import RecipeError, ResourceError, clean
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -25,6 +25,11 @@ def print_result(text: str) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.close()  # or Python tries once more at its end
         raise ResourceError(513, f"the result could not be printed: {error.strerror}.") from error
+
+
+def print_warning(line: str) -> None:
+    """Print what the user should know, apart from the results."""
+    click.echo(clean(f"warning: {line}"), err=True)
 
 
 def calibration(command: Command) -> Command:

@@ -133,7 +133,8 @@ def compare(
     own = [place if place is None or len(models) == 1 else place / _folder(one) for one in models]
     ready = [prepare(request, folder, resume=resume) for request, folder in zip(requests, own, strict=True)]
     for job in ready:
-        if said := job.common.warning(job.calib_from["name"], job.data_from["name"]):
+        said = job.common.warning(job.calib_from["name"], job.data_from["name"])
+        if said and any(plan.needs for plan in job.plans.values()):
             warn(said)
     found = [_measure(job, folder, resume=resume, isolate=isolate) for job, folder in zip(ready, own, strict=True)]
     whole = found[0] if len(found) == 1 else report.merge(found)
