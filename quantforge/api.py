@@ -424,6 +424,35 @@ def float_reference(source: loading.Source, ids: Tensor, device: str) -> Referen
     return replace(references.get(resources.cache_dir(), made, make), dense=None)
 
 
+def kept_reference(model: nn.Module, ids: Tensor, fingerprint: str) -> tuple[Reference, Score]:
+    """Return what the float `model` predicts over ids [windows, seq_len], and its score: kept, or made and kept.
+
+    fingerprint  of its files and of what computes; "" for a model in memory, whose predictions are not kept
+    Whole distributions of the first windows are always the model's own. A score that was kept tells no speed; one that
+    differs from the model's by more than `CLOSE` was kept by something else, and all is made anew.
+    """
+    made = list[Score]()
+
+    def make() -> Reference:
+        with bar("fp", len(ids)) as step:
+            found, score = perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
+        made.append(score)
+        return found
+
+    if not fingerprint:
+        return make(), made[0]
+    config: Any = model.config
+    key = references.made(fingerprint, ids, config.get_text_config().vocab_size)
+    found = references.get(resources.cache_dir(), key, make)
+    if not made:
+        first, _ = perplexity.make_reference(model, ids[: references.DENSE], k=1)
+        close = all(abs(a - b) <= references.CLOSE for a, b in zip(first.losses, found.losses, strict=False))
+        if close:
+            return replace(found, dense=first.dense), Score(found.losses)
+        found = make()
+    return found, made[0]
+
+
 def _against(name: str, reference: Reference, score: Score) -> Against:
     assert score.divergence is not None
     nothing = Interval(math.nan, math.nan, math.nan)

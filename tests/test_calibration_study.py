@@ -187,7 +187,13 @@ def test_a_model_of_the_same_name_that_scores_otherwise_is_refused(made, texts, 
 def test_the_float_model_is_run_once_for_a_model_and_text(texts, tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path / "cache"))
     calls, own = [], perplexity.make_reference
-    monkeypatch.setattr(perplexity, "make_reference", lambda *a, **k: calls.append(1) or own(*a, **k))
+
+    def counted(model, ids, progress=None, **checks):  # a kept reference is checked with one token a position
+        if not checks:
+            calls.append(1)
+        return own(model, ids, *([progress] if progress else []), **checks)
+
+    monkeypatch.setattr(perplexity, "make_reference", counted)
     common = {"out": tmp_path / "out", **small(texts, calibrations=[texts["a"]])}
     first = calibration_study(TINY, **common)
     grown = calibration_study(TINY, resume=True, **{**common, "seeds": [0, 1, 2]})

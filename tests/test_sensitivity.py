@@ -294,7 +294,13 @@ def test_another_model_in_memory_is_told_by_its_losses(bits, by, tmp_path):
 
 def test_the_float_model_is_run_once_for_a_model_and_text(tmp_path, monkeypatch):
     calls, own = [], perplexity.make_reference
-    monkeypatch.setattr(perplexity, "make_reference", lambda *a, **k: calls.append(1) or own(*a, **k))
+
+    def counted(model, ids, progress=None, **checks):  # a kept reference is checked with one token a position
+        if not checks:
+            calls.append(1)
+        return own(model, ids, *([progress] if progress else []), **checks)
+
+    monkeypatch.setattr(perplexity, "make_reference", counted)
     common = {"data": tokens(windows=2), "out": tmp_path / "out"}
     monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path / "cache"))
     analyze(TINY, by=["block", "kind"], bits=[4], **common)

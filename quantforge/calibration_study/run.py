@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantforge import api, recipe, record, resources
+from quantforge import api, recipe, record
 from quantforge.calibrate import corpus, overlap
 from quantforge.calibration_study import pages, results
 from quantforge.calibration_study.design import Design, Draw, draw
@@ -19,8 +19,7 @@ from quantforge.comparison import keep_weights, restore_weights
 from quantforge.comparison.wishes import told
 from quantforge.errors import PlanError
 from quantforge.evaluation import perplexity
-from quantforge.evaluation import reference as references
-from quantforge.evaluation.reference import Reference
+from quantforge.evaluation.reference import CLOSE, Reference
 from quantforge.models import load as loading
 from quantforge.plan import Plan, make
 from quantforge.progress import bar
@@ -32,7 +31,6 @@ PROTOCOL = (
     "from the float model's most probable tokens; float32 throughout"
 )
 JSON = "calibration-study.json"
-CLOSE = 1e-3  # nats of a window's loss: two measurements of one float model differ by less, whatever the threads
 
 
 def calibration_study(
@@ -173,7 +171,7 @@ def _measured(
     folder: Path | None,
 ) -> Study:
     """Return `study` with a run for every draw; each is written to `folder` as it is done."""
-    reference = _reference(model, ids, study.fingerprint)
+    reference, _ = api.kept_reference(model, ids, study.fingerprint)
     if study.float_losses and not _same_model(reference.losses, study.float_losses):
         raise PlanError(281, f"--resume: {study.model} scores otherwise than when {folder} was made: it has changed.")
     study = replace(study, float_losses=reference.losses)
@@ -188,21 +186,6 @@ def _measured(
         if folder is not None:
             write_text(folder / JSON, results.to_json(study))
     return study
-
-
-def _reference(model: nn.Module, ids: Tensor, fingerprint: str) -> Reference:
-    """Return what the float model predicts over ids [windows, seq_len]: kept from an earlier run, or made and kept."""
-
-    def make() -> Reference:
-        with bar("fp", len(ids)) as step:
-            found, _ = perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
-        return replace(found, dense=None)
-
-    config: Any = model.config
-    made = references.made(fingerprint, ids, config.get_text_config().vocab_size)
-    found = references.get(resources.cache_dir(), made, make)
-    again = perplexity.evaluate(model, ids[:1]).losses
-    return found if _same_model(again, found.losses[:1]) else make()  # kept by something that computed otherwise
 
 
 def _run(each: Draw, model: nn.Module, plan: Plan, ids: Tensor, reference: Reference, tokenizer: Any) -> StudyRun:

@@ -13,27 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge import api, exporters, pipeline, record, report, resources
+from quantforge import api, exporters, pipeline, record, report
 from quantforge.calibrate import overlap
 from quantforge.calibrate.overlap import Overlap
 from quantforge.comparison import cells, isolated, wishes
 from quantforge.comparison.cells import Ground, Tasks
 from quantforge.comparison.wishes import DTYPES, FLOAT, Request
 from quantforge.errors import PlanError, RecipeError
-from quantforge.evaluation import histograms, perplexity, zeroshot
-from quantforge.evaluation import reference as references
-from quantforge.evaluation.perplexity import Score
-from quantforge.evaluation.reference import DENSE, Reference
+from quantforge.evaluation import histograms, zeroshot
 from quantforge.memory import in_use
 from quantforge.models import activations
 from quantforge.models import load as loading
 from quantforge.models.kvcache import KVFormat
 from quantforge.plan import Plan, check_export, make
-from quantforge.progress import bar
 from quantforge.record import Origin, Report, Run
 from quantforge.store import check_report_folder, check_target, write_text
-
-CLOSE = 1e-3  # nats per token by which the same model may differ from itself
 
 __all__ = ["FLOAT", "PROTOCOL", "Request", "compare", "keep_weights", "restore_weights"]
 
@@ -262,7 +256,7 @@ def _together(job: Job, done: Mapping[str, Run]) -> Callable[[str], Run]:
     if job.tasks is not None:
         import lm_eval.evaluator  # noqa: F401, so that its memory is not counted with that of the rows
     built = loading.model(job.source, job.request.device)
-    reference, score = _reference(job, built)
+    reference, score = api.kept_reference(built, job.ids, job.source.fingerprint(job.request.device))
     plans = {label: plan for label, plan in job.plans.items() if label not in done}
     kept = keep_weights(built, plans.values())
     rounded = {label: plan for label, plan in plans.items() if _only_rounds(plan)}
@@ -286,28 +280,6 @@ def _together(job: Job, done: Mapping[str, Run]) -> Callable[[str], Run]:
         return cells.measured(level, score, built, ground)
 
     return measure
-
-
-def _reference(job: Job, model: nn.Module) -> tuple[Reference, Score]:
-    """Return what the float model predicts, kept from an earlier comparison if there was one, and its score."""
-    ids, scores = job.ids, list[Score]()
-    vocab = job.source.config.get_text_config().vocab_size
-    made = references.made(job.source.fingerprint(job.request.device), ids, vocab)
-
-    def make() -> Reference:
-        with bar(FLOAT, len(ids)) as step:
-            reference, score = perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
-        scores.append(score)
-        return reference
-
-    found = references.get(resources.cache_dir(), made, make)
-    if scores:
-        return found, scores[0]
-    again, _ = perplexity.make_reference(model, ids[:DENSE], k=1)
-    if any(abs(one - other) > CLOSE for one, other in zip(again.losses, found.losses, strict=False)):
-        found = make()  # kept by something that computed otherwise
-        return found, scores[0]
-    return Reference(found.kept, found.losses, again.dense), Score(found.losses)
 
 
 def _only_rounds(plan: Plan) -> bool:

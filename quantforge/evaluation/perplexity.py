@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -121,14 +121,6 @@ def make_reference(
                 caught.closed = True
     reference = Reference(joined_top_k(parts), tuple(losses), _whole(model, caught.hidden, first, ids))
     return reference, Score(reference.losses, tokens_per_second=ids.numel() / max(seconds, 1e-9))
-
-
-def with_dense(model: nn.Module, reference: Reference, ids: Tensor) -> Reference:
-    """Return a reference over ids [windows, seq_len] that was read from a file with whole distributions of the first.
-
-    model  the float model
-    """
-    return replace(reference, dense=make_reference(model, ids[:DENSE], k=1)[0].dense)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

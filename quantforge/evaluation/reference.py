@@ -20,6 +20,7 @@ from quantforge.store import write_bytes
 
 SCHEMA = "quantforge-reference-1"
 K = 128  # most probable tokens kept of each position: 19 MB for 48 windows of 512
+CLOSE = 1e-3  # nats of a window's loss: two measurements of one float model differ by less, whatever the threads
 DENSE = 4  # windows whose whole distributions are compared, to tell how far below them the bound lies
 
 _ADVICE = "delete the file to have it made anew"

@@ -13,18 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge import pipeline, record, resources
+from quantforge import api, pipeline, record
 from quantforge.errors import PlanError
-from quantforge.evaluation import perplexity
-from quantforge.evaluation import reference as references
-from quantforge.evaluation.reference import Reference
 from quantforge.models import activations, arch
-from quantforge.numerics.products import fast_linear
 from quantforge.plan import Plan
 from quantforge.progress import bar
 from quantforge.sensitivity.prefix import Prefix
 from quantforge.sensitivity.results import (
-    CLOSE,
     WHOLE,
     Analysis,
     Cell,
@@ -124,7 +119,7 @@ def measure(model: nn.Module, plans: Mapping[str, Plan], job: Job, found: Analys
     if not left and section.fingerprint:
         yield section
         return
-    reference = _reference(model, job, section.fingerprint)
+    reference, _ = api.kept_reference(model, job.ids, section.fingerprint)
     if section.losses:
         check_losses(section, reference.losses)
     section = replace(section, losses=section.losses or reference.losses)
@@ -145,22 +140,6 @@ def measure(model: nn.Module, plans: Mapping[str, Plan], job: Job, found: Analys
 def _alike(one: Section, other: Section) -> bool:
     """Tell whether what two sections measure of the whole model is the same."""
     return all(getattr(one, name) == getattr(other, name) for name in ("evaluation", "versions", "fingerprint"))
-
-
-def _reference(model: nn.Module, job: Job, fingerprint: str) -> Reference:
-    """Return what the float model predicts: kept from an earlier run where its files are known, else made."""
-
-    def make() -> Reference:
-        with bar(f"by {job.by}: float", len(job.ids)) as step, fast_linear():
-            return perplexity.make_reference(model, job.ids, lambda loss: step(f"loss {loss:.3f}"))[0]
-
-    if not fingerprint:
-        return make()
-    config: Any = model.config
-    made = references.made(fingerprint, job.ids, config.get_text_config().vocab_size)
-    found = references.get(resources.cache_dir(), made, make)
-    (loss,) = perplexity.evaluate(model, job.ids[:1]).losses
-    return make() if abs(loss - found.losses[0]) > CLOSE else found  # kept by something that computed otherwise
 
 
 def _blocks(model: nn.Module, plans: Mapping[str, Plan]) -> list[nn.Module]:

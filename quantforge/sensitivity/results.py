@@ -14,11 +14,11 @@ from typing import Any
 
 from quantforge import record
 from quantforge.errors import DataError, PlanError
+from quantforge.evaluation.reference import CLOSE
 
 SCHEMA = 2
 FILE = "sensitivity.json"
 WHOLE = ""  # the part that is everything
-CLOSE = 1e-3  # nats of a window's loss: two measurements of one float model differ by less, whatever the threads
 
 
 @dataclass(frozen=True)
