@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench readme docs clean
+.PHONY: demo test check bench browser readme docs clean
 
 demo: $(VENV)/demo  ## quantize a real model with GPTQ, compare it, keep the checkpoints
 	rm -rf demo
@@ -21,6 +21,9 @@ check: $(VENV)/installed  ## linter, format, types, import directions: what pre-
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+browser: $(VENV)/installed  ## the report in headless Chromium: Debian's package, or the program that $CHROMIUM names
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
 
 bench: $(VENV)/demo  ## speed and memory on the demo model, as JSON under reports/raw/
 	mkdir -p reports/raw

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantforge import checkpoint, exporters, pipeline, recipe
+from quantforge import checkpoint, exporters, pipeline, recipe, resources
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
-from quantforge.errors import DataError, PlanError, clean
-from quantforge.evaluation import decoding, perplexity
+from quantforge.errors import DataError, PlanError, RecipeError, clean, pick
+from quantforge.evaluation import decoding, perplexity, rolling, significance, zeroshot
+from quantforge.evaluation import reference as references
+from quantforge.evaluation.divergence import Divergence
 from quantforge.evaluation.perplexity import Score
+from quantforge.evaluation.reference import Reference
+from quantforge.evaluation.rolling import RollingScore
+from quantforge.evaluation.significance import Interval
+from quantforge.evaluation.zeroshot import TaskScore
 from quantforge.memory import PeakMemory
 from quantforge.models import activations, check
 from quantforge.models import load as loading
 from quantforge.models.kvcache import KVCache, KVFormat, parse_kv
 from quantforge.plan import Plan
 from quantforge.progress import bar
+from quantforge.record import finite
 from quantforge.result import Result
 from quantforge.store import check_target
 
+DEMO = "demo"  # the demo model, where a name is needed
 DECODED = 48  # windows that are decoded side by side
 
 
@@ -227,14 +236,45 @@ def check_length(config: Any, seq_len: int) -> None:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The perplexity of a model, and on what.
+class Against:
+    """How a model's predictions over some windows differ from a float model's.
 
-    perplexity       exp of the mean over windows of the mean cross-entropy of their seq_len − 1 predictions
+    model       the float model's name
+    perplexity  of the float model
+    ratio       of perplexities, with its interval over windows, and the p-value of there being no difference
+    verdict     that in words
+    kl          mean over the windows, nats per token, with its interval; a lower bound
+    divergence  of all predictions
+    """
+
+    model: str
+    perplexity: float
+    ratio: Interval
+    p: float
+    verdict: str
+    kl: Interval
+    divergence: Divergence
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain JSON values; null for what is not finite."""
+        found: dict[str, Any] = finite(asdict(self))
+        return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scored, and on what.
+
+    perplexity       per token: exp of the mean over windows of the mean cross-entropy of their seq_len − 1 predictions;
+                     NaN where tasks or whole documents were scored instead
     model            its name
-    data             where the tokens came from
+    data             where the tokens came from; empty with tasks
     kv               how the cache was stored through which it was decoded; None: no cache, all tokens at once
     bytes_per_token  of that cache, measured
+    tasks            scores of tasks
+    rolling          word and byte perplexity of whole documents
+    against          how its predictions differ from a float model's
+    losses           of each window: mean cross-entropy, nats per token
     """
 
     perplexity: float
@@ -242,10 +282,32 @@ class Evaluation:
     data: dict[str, Any]
     kv: str | None = None
     bytes_per_token: float | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    rolling: RollingScore | None = None
+    against: Against | None = None
+    losses: tuple[float, ...] = ()
+
+    @property
+    def interval(self) -> Interval:
+        """Return the perplexity with its interval of 95 % over windows; NaN where there are too few."""
+        if len(self.losses) < 2 or not all(map(math.isfinite, self.losses)):
+            return Interval(self.perplexity, math.nan, math.nan)
+        return significance.perplexity_interval(self.losses)
 
     def record(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
-        return asdict(self)
+        return {
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
+            "interval": finite([self.interval.low, self.interval.high]),
+            "losses": finite(self.losses),
+            "model": self.model,
+            "data": self.data,
+            "kv": self.kv,
+            "bytes_per_token": self.bytes_per_token,
+            "tasks": [task.record() for task in self.tasks],
+            "rolling": None if self.rolling is None else self.rolling.record(),
+            "against": None if self.against is None else self.against.record(),
+        }
 
 
 def evaluate(
@@ -255,45 +317,230 @@ def evaluate(
     seq_len: int = 512,
     windows: int | None = 48,
     kv: str | None = None,
+    against: str | Path | None = None,
+    rolling: bool = False,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    task_dirs: Sequence[str | Path] = (),
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
     device: str = "cpu",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Return the perplexity of a float model, or of a quantized checkpoint, computed in float32.
+    """Return the perplexity of a float model or of a quantized checkpoint, or what it scores on tasks, in float32.
 
-    model    a folder, a hub id, None for the demo model, or a model in memory
-    data     a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
-    windows  how many non-overlapping windows from the start; None takes all
-    kv       "int8-token", "int4-kivi-g32-w32", …: decode token by token, all windows at once, through a cache that is
-             stored so; PlanError for another notation
+    model       a folder, a hub id, None for the demo model, or a model in memory
+    data        a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
+    windows     how many non-overlapping windows from the start; None takes all
+    kv          "int8-token", "int4-kivi-g32-w32", …: decode token by token, all windows at once, through a cache that
+                is stored so; PlanError for another notation
+    against     a float model with the same tokenizer, a folder, a hub id or "demo": how predictions diverge from its is
+                told; what it predicts is kept, so that it runs once for each text
+    rolling     word and byte perplexity of whole documents, read in windows of `seq_len` tokens, instead: the lines of
+                a .jsonl file, else the whole text, up to `windows` · `seq_len` tokens
+    tasks       names of tasks or groups, of `task_dirs`, our own or lm-eval's, and of a `suite`: "smoke" or "standard";
+                with any only tasks are scored; of `task_dirs` alone all tasks are
+    shots       examples before each item, drawn by `seed`; None: what each task says
+    limit       items of each task from its start; None: all
+    batch_size  texts or windows that go through the model at once with tasks or `rolling`
+
+    Everything that needs no weights is checked before they are read. Raises the subclasses of QuantForgeError.
     """
     loading.check_device(device)
+    folders = tuple(map(Path, task_dirs))
+    wanted = wished_tasks(tasks, suite, folders)
+    check_together(bool(wanted), rolling=rolling, kv=kv, counts=(shots, limit))
+    if against is not None and (wanted or rolling or kv is not None):
+        raise RecipeError(225, "--against compares predictions over windows: leave out tasks, rolling and kv.")
     cache = None if kv is None else cache_format(kv)
-    data = _checked(data, "evaluation")
-    build: Callable[[], nn.Module]
-    if isinstance(model, nn.Module):
-        name, config, build = type(model).__name__, model.config, lambda: model
-    elif model is not None and checkpoint.is_quantized(Path(model)):
-        folder = Path(model)
-        name, config = clean(folder.name), checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
-        if not isinstance(data, Tensor):
-            tokenizer = tokenizer or loading.read_tokenizer(folder, trust_remote_code=trust_remote_code)
-        build = functools.partial(_dequantized, folder, device, trust_remote_code)
-    else:
-        source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
-        source.skeleton()
-        tokenizer = tokenizer or loading.tokenizer(source)
-        name, config, build = source.name, source.config, functools.partial(loading.model, source, device)
-    ids, provenance = token_ids(data, "evaluation", tokenizer=tokenizer, config=config, seq_len=seq_len, count=windows)
+    if wanted:
+        zeroshot.check(wanted, folders, shots=shots, limit=limit, batch_size=batch_size)
+    data = "" if wanted else _checked(data, "evaluation")
+    opened = _open(model, device, tokenizer, trust_remote_code, reads=bool(wanted) or not isinstance(data, Tensor))
+    if wanted:
+        _need_tokenizer(opened, "tasks")
+        built = opened.build()
+        scores = zeroshot.evaluate(
+            built,
+            opened.tokenizer,
+            wanted,
+            shots=shots,
+            limit=limit,
+            seed=seed,
+            batch_size=1 if mixes_tokens(built) else batch_size,
+            folders=folders,
+        )
+        return Evaluation(math.nan, opened.name, {}, tasks=scores)
+    if rolling:
+        return _rolling(opened, data, seq_len, windows, batch_size)
+    ids, provenance = token_ids(
+        data, "evaluation", tokenizer=opened.tokenizer, config=opened.config, seq_len=seq_len, count=windows
+    )
     if cache is not None:
-        KVCache(cache, config)  # which refuses a model that it is not for
-    built = build()
+        KVCache(cache, opened.config)  # which refuses a model that it is not for
+    reference = None
+    if against is not None:
+        source = loading.find(None if against == DEMO else str(against), trust_remote_code=trust_remote_code)
+        source.skeleton()
+        check_length(source.config, ids.shape[1])
+        theirs, ours = (config.get_text_config().vocab_size for config in (source.config, opened.config))
+        if theirs != ours:
+            raise PlanError(
+                276, f"--against {against} has {theirs} tokens and the model {ours}: they cannot be compared."
+            )
+        if not isinstance(data, Tensor):
+            _check_same_tokens(source, str(data), ids, seq_len, windows)
+        reference = float_reference(source, ids, device)
+    built = opened.build()
     if cache is not None:
         score, size = decode(built, ids, cache)
-        return Evaluation(score.perplexity, name, provenance, kv, size)
+        return Evaluation(score.perplexity, opened.name, provenance, kv, size, losses=score.losses)
     with bar("perplexity", len(ids)) as step:
-        score = perplexity.evaluate(built, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
-    return Evaluation(score.perplexity, name, provenance)
+        score = perplexity.evaluate(built, ids, reference, progress=lambda loss: step(f"loss {loss:.3f}"))
+    told = None if reference is None else _against(source.name, reference, score)
+    return Evaluation(score.perplexity, opened.name, provenance, against=told, losses=score.losses)
+
+
+def _check_same_tokens(source: loading.Source, data: str, ids: Tensor, seq_len: int, windows: int | None) -> None:
+    """Refuse a float model whose tokenizer reads the text as other tokens."""
+    tokenizer = loading.tokenizer(source)
+    theirs, _ = token_ids(data, "evaluation", tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=windows)
+    if not torch.equal(theirs, ids):
+        raise PlanError(276, f"--against {source.name} reads the text as other tokens: they cannot be compared.")
+
+
+def float_reference(source: loading.Source, ids: Tensor, device: str) -> Reference:
+    """Return what a float model predicts over ids [windows, seq_len]: kept from an earlier run, or made and kept."""
+
+    def make() -> Reference:
+        model = loading.model(source, device)
+        with bar(source.name, len(ids)) as step:
+            return perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))[0]
+
+    made = references.made(source.fingerprint(device), ids, source.config.get_text_config().vocab_size)
+    return replace(references.get(resources.cache_dir(), made, make), dense=None)
+
+
+def kept_reference(model: nn.Module, ids: Tensor, fingerprint: str) -> tuple[Reference, Score]:
+    """Return what the float `model` predicts over ids [windows, seq_len], and its score: kept, or made and kept.
+
+    fingerprint  of its files and of what computes; "" for a model in memory, whose predictions are not kept
+    Whole distributions of the first windows are always the model's own. A score that was kept tells no speed; one that
+    differs from the model's by more than `CLOSE` was kept by something else, and all is made anew.
+    """
+    made = list[Score]()
+
+    def make() -> Reference:
+        with bar("fp", len(ids)) as step:
+            found, score = perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
+        made.append(score)
+        return found
+
+    if not fingerprint:
+        return make(), made[0]
+    config: Any = model.config
+    key = references.made(fingerprint, ids, config.get_text_config().vocab_size)
+    found = references.get(resources.cache_dir(), key, make)
+    if not made:
+        first, _ = perplexity.make_reference(model, ids[: references.DENSE], k=1)
+        close = all(abs(a - b) <= references.CLOSE for a, b in zip(first.losses, found.losses, strict=False))
+        if close:
+            return replace(found, dense=first.dense), Score(found.losses)
+        found = make()
+    return found, made[0]
+
+
+def _against(name: str, reference: Reference, score: Score) -> Against:
+    assert score.divergence is not None
+    nothing = Interval(math.nan, math.nan, math.nan)
+    known = all(map(math.isfinite, score.losses))
+    change = significance.paired_change(reference.losses, score.losses) if known else None
+    return Against(
+        name,
+        Score(reference.losses).perplexity,
+        change.ratio if change else nothing,
+        change.p if change else math.nan,
+        significance.verdict(change) if change else "worse",
+        significance.mean_interval(score.kls) if all(map(math.isfinite, score.kls)) else nothing,
+        score.divergence,
+    )
+
+
+def check_together(tasks: bool, *, rolling: bool, kv: str | None, counts: tuple[int | None, int | None]) -> None:
+    """Raise RecipeError for wishes that exclude each other; `counts` are the shots and the limit of tasks."""
+    if tasks and (rolling or kv is not None):
+        raise RecipeError(225, f"with tasks only tasks are scored: leave out {'rolling' if rolling else 'kv'}.")
+    if rolling and kv is not None:
+        raise RecipeError(225, "rolling log-likelihoods are not decoded through a cache: leave out kv or rolling.")
+    if not tasks and counts != (None, None):
+        raise RecipeError(225, "shots and limit are for tasks, and none was named: add --tasks or --suite smoke.")
+
+
+def mixes_tokens(model: nn.Module) -> bool:
+    """Tell whether tokens share the range that inputs are rounded in, so that texts of one batch change each other."""
+    gates = filter(None, map(activations.find, model.modules()))
+    return any(gate.rounds is not None and gate.rounds.inputs.mixes_tokens for gate in gates)
+
+
+def wished_tasks(tasks: Sequence[str], suite: str | None, folders: Sequence[Path]) -> tuple[str, ...]:
+    """Return the names of the tasks that are to be scored; none if no task was asked for."""
+    named = (*tasks, *(zeroshot.SUITES[pick("suite", suite, zeroshot.SUITES)] if suite is not None else ()))
+    return tuple(dict.fromkeys(named or zeroshot.everything(folders)))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model that is known and checked, and not yet read."""
+
+    name: str
+    config: Any
+    tokenizer: Any
+    build: Callable[[], nn.Module]
+
+
+def _open(model: str | Path | nn.Module | None, device: str, tokenizer: Any, trusted: bool, *, reads: bool) -> _Opened:
+    """Find a model and its tokenizer; a quantized checkpoint's only if text is to be read with it."""
+    if isinstance(model, nn.Module):
+        return _Opened(type(model).__name__, model.config, tokenizer, lambda: model)
+    if model is not None and checkpoint.is_quantized(Path(model)):
+        folder = Path(model)
+        config = checkpoint.read_config(folder, trust_remote_code=trusted)
+        if reads:
+            tokenizer = tokenizer or loading.read_tokenizer(folder, trust_remote_code=trusted)
+        return _Opened(clean(folder.name), config, tokenizer, functools.partial(_dequantized, folder, device, trusted))
+    source = loading.find(None if model is None else str(model), trust_remote_code=trusted)
+    source.skeleton()
+    tokenizer = tokenizer or loading.tokenizer(source)
+    return _Opened(source.name, source.config, tokenizer, functools.partial(loading.model, source, device))
+
+
+def _need_tokenizer(opened: _Opened, what: str) -> None:
+    if opened.tokenizer is None:
+        raise DataError(442, f"{what} need a tokenizer; pass tokenizer=.")
+    check.check_tokenizer(opened.tokenizer, opened.config, opened.name)
+
+
+def _rolling(opened: _Opened, data: str | Tensor, seq_len: int, windows: int | None, batch_size: int) -> Evaluation:
+    if isinstance(data, Tensor):
+        raise DataError(442, "words and bytes are counted in text: give a set's name or a file in place of token ids.")
+    _need_tokenizer(opened, "documents")
+    check_length(opened.config, seq_len)
+    zeroshot.check_counts(None, None, batch_size)
+    documents, provenance = corpus.load_documents(data, "evaluation")
+    if windows is not None:
+        documents = rolling.cut(documents, opened.tokenizer, windows * seq_len)
+    built = opened.build()
+    score = rolling.evaluate(
+        built,
+        opened.tokenizer,
+        documents,
+        window=seq_len,
+        batch_size=1 if mixes_tokens(built) else batch_size,
+    )
+    return Evaluation(math.nan, opened.name, provenance, rolling=score)
 
 
 def decode(model: nn.Module, ids: Tensor, fmt: KVFormat) -> tuple[Score, float]:
@@ -301,9 +548,7 @@ def decode(model: nn.Module, ids: Tensor, fmt: KVFormat) -> tuple[Score, float]:
 
     Many windows are decoded at once, but one at a time where tokens share the range that their inputs are rounded in.
     """
-    gates = filter(None, map(activations.find, model.modules()))
-    mixes = any(gate.rounds is not None and gate.rounds.inputs.mixes_tokens for gate in gates)
-    parts = torch.split(ids, 1 if mixes else DECODED)
+    parts = torch.split(ids, 1 if mixes_tokens(model) else DECODED)
     scores = []
     with bar(f"decoding through {fmt}", (ids.shape[1] - 1) * len(parts)) as step:
         for part in parts:

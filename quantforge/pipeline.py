@@ -17,6 +17,7 @@ from quantforge.models import activations, arch, fold, moe
 from quantforge.models.walk import Call, Stage, walk
 from quantforge.numerics.inputs import Scheme
 from quantforge.numerics.problem import Problem
+from quantforge.numerics.products import linear
 from quantforge.numerics.ranges import Range
 from quantforge.plan import Plan
 from quantforge.protocols import Transform
@@ -235,7 +236,7 @@ def _rescale(model: nn.Module, plan: Plan, transform: Transform, batches: list[T
 
 def _balanced(weight: Tensor, hessian: Tensor) -> Tensor:
     """Scale `weight` by a power of two to an output energy of about 1, so that every consumer's error counts alike."""
-    energy = float(((weight @ hessian) * weight).double().sum())
+    energy = float((linear(weight, hessian) * weight).double().sum())
     return weight * 2.0 ** -round(math.log2(energy) / 2) if energy > 0 else weight
 
 

@@ -21,7 +21,10 @@ from quantforge.errors import DataError, nearest
 
 SCHEMA = 2
 READABLE = (1, 2)
-PACKAGES = ("quantforge", "torch", "transformers", "compressed-tensors", "safetensors", "gguf", "numpy")
+PACKAGES = (
+    *("quantforge", "torch", "transformers", "compressed-tensors", "safetensors", "gguf", "numpy"),
+    *("lm_eval", "datasets"),
+)
 UNIONS = (UnionType, Union)
 
 Note = bool | int | float | str | None
@@ -110,6 +113,7 @@ class Origin:
     """One comparison that a report's runs are of, and what somebody needs to repeat it; dictionaries hold JSON values.
 
     model_notes  what there is to say about the model's files
+    fingerprint  digest of the model's files
     """
 
     model: str
@@ -120,6 +124,7 @@ class Origin:
     versions: dict[str, str]
     command: str
     created: str
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -208,14 +213,15 @@ def versions() -> dict[str, str]:
 
 def to_json(report: Report) -> str:
     """Return the record as JSON in ASCII, floats in full; what is not finite becomes null."""
-    return json.dumps(_finite(asdict(report)), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(asdict(report)), indent=1, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain values with None for every float that is not finite, as JSON has it."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -230,7 +236,7 @@ def from_json(text: str) -> Report:
     if type(data["schema"]) is not int or data["schema"] not in READABLE:
         found, known = short(data["schema"]), " and ".join(map(str, READABLE))
         raise DataError(450, f"the report has schema {found}, this version reads {known}; run the comparison again.")
-    report: Report = _read("report", _upgraded(data) if data["schema"] == 1 else data, Report)
+    report: Report = read_value("report", _upgraded(data) if data["schema"] == 1 else data, Report)
     for i, run in enumerate(report.runs):
         if not 0 <= run.origin < len(report.origins):
             raise DataError(450, f"report.runs[{i}].origin is {run.origin}, and there are {len(report.origins)}.")
@@ -244,12 +250,6 @@ def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     """Turn a record of schema 1, which knew one comparison only and less of each run, into one of schema 2."""
     names = [field.name for field in fields(Origin)]
     rest = {key: value for key, value in data.items() if key not in names}
-    later = {field.name: field.default for field in fields(Run) if field.default is not MISSING}
-    runs = data.get("runs")
-    if isinstance(runs, list):
-        later = {key: list(value) if isinstance(value, tuple) else value for key, value in later.items()}
-        later["tokens_per_second"] = None
-        rest["runs"] = [later | run if isinstance(run, dict) else run for run in runs]
     return rest | {"schema": SCHEMA, "origins": [{key: data[key] for key in names if key in data}]}
 
 
@@ -257,7 +257,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
 
 
-def _read(where: str, value: Any, hint: Any) -> Any:
+def read_value(where: str, value: Any, hint: Any) -> Any:
     """Check `value`, as parsed from JSON, against the annotation `hint`, and return it as that type."""
     arguments, origin = get_args(hint), get_origin(hint)
     if hint is Any or (origin in UNIONS and type(value) in arguments):
@@ -272,12 +272,12 @@ def _read(where: str, value: Any, hint: Any) -> Any:
         except OverflowError as error:
             raise DataError(450, f"{where} is too large a number.") from error
     if origin is dict:
-        return {k: _read(f"{where}[{short(k)}]", v, arguments[1]) for k, v in _expect(where, value, dict).items()}
+        return {k: read_value(f"{where}[{short(k)}]", v, arguments[1]) for k, v in _expect(where, value, dict).items()}
     if origin is tuple:
         items = _expect(where, value, list)
         if arguments[-1] is not Ellipsis and len(items) != len(arguments):
             raise DataError(450, f"{where} must have {len(arguments)} items, not {len(items)}.")
-        return tuple(_read(f"{where}[{i}]", item, arguments[0]) for i, item in enumerate(items))
+        return tuple(read_value(f"{where}[{i}]", item, arguments[0]) for i, item in enumerate(items))
     return _expect(where, value, *(arguments if origin in UNIONS else (hint,)))
 
 
@@ -297,7 +297,7 @@ def _record(where: str, data: dict[str, Any], cls: Any) -> Any:
             raise DataError(
                 450, f"{where} has a field {short(key)}: {nearest(key, known)}It may have: {', '.join(known)}."
             )
-    for key in known:
-        if key not in data:
-            raise DataError(450, f"{where} lacks the field {key!r}.")
-    return cls(**{key: _read(f"{where}.{key}", data[key], hints[key]) for key in known})
+    for field in fields(cls):
+        if field.name not in data and field.default is MISSING:
+            raise DataError(450, f"{where} lacks the field {field.name!r}.")
+    return cls(**{key: read_value(f"{where}.{key}", value, hints[key]) for key, value in data.items()})

@@ -55,6 +55,15 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
     check_writable(place.parent)
 
 
+def check_report_folder(out: Path, model: Path | None = None) -> None:
+    """Refuse, before any work, a report folder that lies in the model's, is a file, or cannot be written."""
+    if model is not None and (out.resolve() == model.resolve() or model.resolve() in out.resolve().parents):
+        raise PlanError(266, f"--out {out} is the model's own folder or lies in it; choose another folder.")
+    if os.path.lexists(out) and not out.is_dir():
+        raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
+    check_writable(out)
+
+
 def _check_ours(out: Path, place: Path) -> None:
     """Raise PlanError unless `place`, which the user calls `out`, is a folder of nothing but what we wrote."""
     if not place.is_dir() or place.is_symlink():

@@ -305,7 +305,7 @@ def test_damaged_shards_are_refused(damage, says, sharded, tmp_path, text, resul
 @pytest.mark.parametrize("damage", [cut, leave_out(NORM), spoil(float("nan"))], ids=["1", "14", "20"])
 def test_the_other_commands_refuse_the_same(command, damage, model, text, results):
     damage(model)
-    more = () if command == "evaluate" else ("--out", results / "out", "--calib", text, "--samples", 4)
+    more = () if command == "evaluate" else ("--out", results / "out", "--methods", "rtn")
     refused(run(command, model, "--data", text, "--seq-len", 64, "--windows", 4, *more), 3)
 
 

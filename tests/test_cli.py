@@ -22,7 +22,10 @@ from quantforge.models import load as loading
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("quantize", "evaluate", "compare", "inspect", "methods", "formats")
+COMMANDS = (
+    *("quantize", "evaluate", "compare", "report", "sensitivity", "calibration-study", "papers"),
+    *("inspect", "methods", "formats"),
+)
 SMALL = ("--samples", "8", "--seq-len", "64")
 
 
@@ -115,7 +118,10 @@ def test_evaluate_scores_float_and_quantized_models(quantized, text):
     assert found["gptq"]["perplexity"] == pytest.approx(found["fp"]["perplexity"], rel=0.1)
     assert found["gptq"]["model"] == quantized[0].name
     plain = run("evaluate", TINY, "--data", text, "--seq-len", 64, "--windows", 10).stdout
-    assert plain == f"tiny-llama: perplexity {found['fp']['perplexity']:.3f} on 10 x 64 tokens of {text}\n"
+    low, high = found["fp"]["interval"]
+    assert low < found["fp"]["perplexity"] < high
+    value = f"token perplexity {found['fp']['perplexity']:.3f} (95 %: {low:.3f} to {high:.3f})"
+    assert plain == f"tiny-llama: {value} on 10 x 64 tokens of {text}\n"
 
 
 def test_evaluate_takes_48_windows_unless_told_and_0_means_all(text):
@@ -131,7 +137,8 @@ def test_compare_prints_the_table_and_writes_the_report(text, tmp_path):
     arguments = ("compare", TINY, "--methods", "fp,rtn,gptq", "--bits", "3", "--calib", text, "--data", text, *SMALL)
     result = run(*arguments, "--windows", 8, "--out", out)
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    (warning,) = result.stderr.splitlines()
+    assert warning.startswith("warning: overlap: ")
     assert sorted(f.name for f in out.iterdir()) == ["report.html", "report.json", "report.md"]
     lines = result.stdout.splitlines()
     assert lines[-1] == str(out / "report.html")

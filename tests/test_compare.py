@@ -18,6 +18,7 @@ from quantforge.memory import PeakMemory
 from quantforge.models import load as loading
 from quantforge.models import tiny
 from quantforge.record import Report, Run
+from quantforge.report import layers
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 COMMAND = "quantforge compare 'a model' --methods fp,rtn,gptq"
@@ -132,8 +133,8 @@ def test_the_three_files_hold_the_report(made):
     assert sorted(f.name for f in folder.iterdir()) == ["report.html", "report.json", "report.md"]
     read = record.from_json((folder / "report.json").read_text(encoding="utf-8"))
     assert record.to_json(read) == record.to_json(found)
-    assert read.command == COMMAND
-    assert read.model == "tiny-llama"
+    assert read.origins[0].command == COMMAND
+    assert read.origins[0].model == "tiny-llama"
     assert "seq_len" in read.protocol
     markdown, page = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
     assert COMMAND in markdown
@@ -146,12 +147,12 @@ def test_the_three_files_hold_the_report(made):
 
 
 def test_the_report_says_where_its_tokens_came_from(made):
-    found = made[1]
+    found = made[1].origins[0]
     assert (found.calibration["count"], found.evaluation["count"]) == (48, 32)
     assert found.calibration["text_sha256"] != found.evaluation["text_sha256"]
     assert found.versions.keys() >= {"python", "torch", "transformers"}
-    assert not any(math.isnan(run.perplexity) for run in found.runs)
-    json.loads(record.to_json(found), parse_constant=lambda c: pytest.fail(c))
+    assert not any(math.isnan(run.perplexity) for run in made[1].runs)
+    json.loads(record.to_json(made[1]), parse_constant=lambda c: pytest.fail(c))
 
 
 def test_every_layer_has_a_row_and_gptq_loses_less_in_each_kind(made):
@@ -250,7 +251,8 @@ def test_tokens_of_experts_are_in_the_report(shared, tmp_path):
     counts = [row.notes["tokens"] for row in found.runs[1].layers if ".experts." in row.name]
     assert len(counts) == 2 * 4 * 3
     assert sum(counts) == 3 * 2 * 2 * 4 * LENGTH  # three layers an expert, two experts a token, two blocks
-    assert [row[:2] for row in report.experts(found)] == [["0", "4"], ["1", "4"]]
+    rows = layers.experts(found).rows
+    assert [[cell.text for cell in row[:2]] for row in rows] == [["0", "4"], ["1", "4"]]
     assert not any("tokens" in row.notes for row in found.runs[1].layers if ".experts." not in row.name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import quantforge
 from quantforge import record
 from quantforge.calibrate import corpus
 from quantforge.comparison import cells, isolated
-from quantforge.errors import DataError, RecipeError
+from quantforge.errors import DataError, PlanError, RecipeError
 from quantforge.evaluation import histograms, perplexity
+from quantforge.evaluation import reference as references
 from quantforge.evaluation.significance import paired_change
 from quantforge.models import load as loading
 from quantforge.models import tiny
@@ -93,7 +95,10 @@ def test_tasks_are_scored_in_every_row_on_the_same_items(made):
     assert {len(row[0].answers) for row in rows} == {3}
     assert len({row[0].items for row in rows}) == 1
     assert rows[0][0].chance == 0.5
-    assert made[0].origins[0].evaluation["tasks"] == {"names": ["endings"], "shots": None, "limit": 3}
+    told = made[0].origins[0].evaluation["tasks"]
+    assert {key: told[key] for key in ("names", "shots", "limit", "seed")} == {
+        "names": ["endings"], "shots": None, "limit": 3, "seed": 0,
+    }  # fmt: skip
 
 
 def test_the_layers_that_lose_most_are_drawn_before_and_after(made):
@@ -114,6 +119,12 @@ def test_the_bytes_of_the_text_are_those_of_what_is_predicted(made, shared):
     ids = torch.tensor(tokenizer(text)["input_ids"])[: 6 * 64].view(6, 64)
     expected = sum(len(tokenizer.decode(window[1:]).encode()) for window in ids)
     assert made[0].origins[0].evaluation["text_bytes"] == pytest.approx(expected, abs=12)
+
+
+def test_text_that_was_calibrated_on_is_told(made, shared):
+    assert "overlap" not in made[0].origins[0].evaluation
+    wish = {**shared, "data": shared["calibration"], "windows": 2}
+    assert quantforge.compare(TINY, methods=["gptq"], **wish).origins[0].evaluation["overlap"] == 1
 
 
 def test_the_record_is_read_as_it_was_written(made):
@@ -151,7 +162,7 @@ def test_several_models_come_into_one_report(shared, tmp_path):
     assert found.runs[3].perplexity > found.runs[1].perplexity  # one is trained
     assert (out / "report.html").exists()
     assert (out / "other" / "report.json").exists()
-    with pytest.raises(RecipeError, match="each once"):
+    with pytest.raises(RecipeError, match="each by a name of its own"):
         quantforge.compare([TINY, TINY], methods=["rtn"], **shared)
 
 
@@ -201,6 +212,59 @@ def test_a_process_that_dies_costs_its_row_and_a_rerun_tries_again(shared, tmp_p
     second = runs(quantforge.compare(TINY, resume=True, **wish))
     assert second["rtn-int3-g64-asym"].perplexity > 0
     assert asked == ["fp", "rtn-int3-g64-asym", "gptq-int3-g64-asym", "rtn-int3-g64-asym"]
+
+
+def test_models_in_folders_of_one_name_are_refused(shared, tmp_path):
+    with pytest.raises(RecipeError, match="each by a name of its own"):
+        quantforge.compare([tmp_path / "a" / "m", tmp_path / "b" / "m"], methods=["rtn"], **shared)
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_the_first(shared, tmp_path):
+    for seed, folder in enumerate((tmp_path / "a" / "m", tmp_path / "b" / "m")):
+        tiny.make("llama", seed=seed, dtype=torch.bfloat16, vocab_size=259).save_pretrained(folder)
+        loading.read_tokenizer(TINY).save_pretrained(folder)
+    wish = {"methods": ["rtn"], "bits": [4], "group_size": 32, "out": tmp_path / "report", **shared}
+    quantforge.compare(tmp_path / "a" / "m", **wish)
+    with pytest.raises(PlanError, match="other files of the model"):
+        quantforge.compare(tmp_path / "b" / "m", resume=True, **wish)
+
+
+def test_rows_that_are_done_stay_on_disk_while_others_are_measured(shared, tmp_path, monkeypatch):
+    wish = {"bits": [4], "out": tmp_path, **shared}
+    quantforge.compare(TINY, methods=["rtn", "nf4"], **wish)
+    monkeypatch.setattr(cells, "in_dtype", lambda *a: (_ for _ in ()).throw(KeyError("a bug in the middle row")))
+    with pytest.raises(KeyError):
+        quantforge.compare(TINY, methods=["fp-bfloat16", "rtn"], resume=True, **wish)
+    monkeypatch.undo()
+    kept = [run.label for run in record.from_json((tmp_path / "report.json").read_text(encoding="utf-8")).runs]
+    assert kept == ["fp", "rtn-int4-g64-asym", "nf4-nf4-f64-dq"]
+    found = quantforge.compare(TINY, methods=["fp-bfloat16", "rtn"], resume=True, **wish)
+    assert [run.label for run in found.runs] == ["fp", "fp-bfloat16", "rtn-int4-g64-asym", "nf4-nf4-f64-dq"]
+
+
+def test_a_kept_reference_of_something_that_computed_otherwise_is_made_anew(shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
+    first = quantforge.compare(TINY, methods=["rtn"], bits=[3], **shared)
+    (file,) = tmp_path.iterdir()
+    load = references.load
+
+    def moved(path, made):
+        found = load(path, made)
+        return replace(found, losses=tuple(loss + 0.1 for loss in found.losses))
+
+    monkeypatch.setattr(references, "load", moved)
+    again = quantforge.compare(TINY, methods=["rtn"], bits=[3], **shared)
+    assert file.exists()
+    assert again.runs[0].perplexity == first.runs[0].perplexity
+    assert again.runs[1].kl == first.runs[1].kl
+
+
+def test_rows_of_their_own_run_no_code_of_the_current_folder(shared, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('code of the current folder')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(quantforge.__file__).parent.parent))
+    found = quantforge.compare(TINY, methods=["fp"], isolate=True, **shared)
+    assert found.runs[0].perplexity > 1
 
 
 def test_an_unknown_task_is_refused_before_weights_are_read(shared, monkeypatch):

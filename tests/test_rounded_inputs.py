@@ -18,6 +18,7 @@ from quantforge.errors import DataError, PlanError, RecipeError
 from quantforge.models import activations, arch, moe, tiny
 from quantforge.numerics.formats import parse
 from quantforge.numerics.inputs import QInput, integer_product, parse_inputs
+from quantforge.report import layers
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 IDS = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -300,7 +301,7 @@ def test_caches_are_rows_of_their_own(compared):
 
 
 def test_the_widest_channels_are_told_before_and_after_smoothing(compared):
-    rows = report.widest(compared[0])
+    rows = [[cell.text for cell in row] for row in layers.widest(compared[0]).rows]
     assert {row[1] for row in rows} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     assert all(row[0].startswith("smoothquant") for row in rows)
     assert "Widest input channels" in report.to_markdown(compared[0])

@@ -413,7 +413,7 @@ def rows(report: Report) -> tuple[list[str], list[str]]:
     found, missing = [], []
     widths = [(bits, claim) for bits in (4, 3) for claim in claims(bits)]
     for bits, claim in [*widths, *((None, claim) for claim in (*ONCE, *ACTIVATIONS))]:
-        if claim.model not in (None, report.model):
+        if claim.model not in (None, report.origins[0].model):
             continue
         says = f"{bits} bits: {claim.says}" if bits else claim.says
         try:
@@ -476,8 +476,9 @@ def speed_rows(report: Report, benchmarks: list[dict[str, Any]]) -> list[str]:
 def page(report: Report, benchmarks: list[dict[str, Any]], ranges: Path | None = None) -> str:
     """Return the claims with where they come from; those on speed and ranges of the demo model only."""
     found, missing = rows(report)
-    own = report.model == demo.NAME
-    source = f"{report.model}; perplexities and losses of [the report](report.md), made by `{report.command}`."
+    model, command = report.origins[0].model, report.origins[0].command
+    own = model == demo.NAME
+    source = f"{model}; perplexities and losses of [the report](report.md), made by `{command}`."
     if own:
         source += " Speed by `make bench`, beside one run of GPTQ in the same process."
     source += " A claim passes by perplexity, unless it speaks of KL: the mean divergence from the float model."

@@ -66,6 +66,9 @@ def table(heads: list[str], rows: list[list[str]], right: int = 0) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, marks, *rows])
 
 
+HAND = ("calibration-study.md", "evaluation.md", "papers.md", "sensitivity.md")  # pages that are written, not made
+
+
 def index_page() -> str:
     rows = []
     for name in recipe.names():
@@ -84,7 +87,10 @@ What `--weights`, `--inputs` and `--kv` can be: [weights, inputs and caches](inp
 
 Where GPTQ comes from, on a layer small enough to check by hand: [OBD, OBS and OBQ](obd-obs-obq.md).
 
-These pages are made by `make docs` from the code and the committed reports.
+How results are measured: [tasks and perplexity](evaluation.md), [sensitivity](sensitivity.md), [what calibration
+text does](calibration-study.md), [the papers' figures](papers.md).
+
+The pages of methods are made by `make docs` from the code and the committed reports.
 """
 
 
@@ -193,10 +199,11 @@ def measured(name: str, folder: str, report: Report) -> list[str]:
     if not runs:
         return []
     base = [run for run in report.runs if run.bits is None]
-    calibrated, scored = report.calibration, report.evaluation
+    origin = report.origins[0]
+    calibrated, scored = origin.calibration, origin.evaluation
     return [
         escape_markdown(
-            f"{report.model}, {scored.get('count')} windows of {scored.get('seq_len')} tokens of {scored.get('name')}; "
+            f"{origin.model}, {scored.get('count')} windows of {scored.get('seq_len')} tokens of {scored.get('name')}; "
             f"calibrated, where it needs data, on {calibrated.get('count')} of {calibrated.get('name')}."
         )
         + f" The whole comparison: [{folder}](../../reports/{folder}/report.md).",
@@ -407,7 +414,7 @@ def main() -> None:
         (DOCS / path).parent.mkdir(parents=True, exist_ok=True)
         (DOCS / path).write_text(text, encoding="utf-8")
     for file in itertools.chain((DOCS / "methods").glob("*.md"), DOCS.glob("*.md")):
-        if file.relative_to(DOCS).as_posix() not in found:
+        if file.relative_to(DOCS).as_posix() not in {*found, *HAND}:
             file.unlink()
 
 

@@ -72,6 +72,7 @@ def main() -> None:
     source = load.find(o.model)
     ids = corpus.windows(corpus.load_text(o.text, "calibration"), load.tokenizer(source), SEQ_LEN, SAMPLES).ids
     found = record.from_json(o.report.read_text(encoding="utf-8"))
+    origin = found.origins[0]
     perplexity = {run.label: run.perplexity for run in found.runs}
     errors: dict[tuple[str, str], float] = {}
     perplexities: dict[tuple[str, str], float] = {}
@@ -82,11 +83,11 @@ def main() -> None:
             label = f"lwc-{short}" if rule == "learned" else f"rtn-{short} range={rule}"
             perplexities[granularity, rule] = perplexity[label]
     text = (
-        f"# Granularity and range rule\n\n{found.model}. Rounding to nearest, asymmetric.\n\n"
+        f"# Granularity and range rule\n\n{origin.model}. Rounding to nearest, asymmetric.\n\n"
         f"Relative squared error of the weights in 8 bits:\n\n{table(errors, '.3e')}\n\n"
         f"Each finer granularity is better: {verdict(errors)}.\n\n"
-        f"Perplexity in 4 bits, from [the report](ranges/report.md), made by `{found.command}`; "
-        f"{found.runs[0].perplexity:.2f} in float. It is that of {found.evaluation['count']} windows, and does not "
+        f"Perplexity in 4 bits, from [the report](ranges/report.md), made by `{origin.command}`; "
+        f"{found.runs[0].perplexity:.2f} in float. It is that of {origin.evaluation['count']} windows, and does not "
         "compare with that of others:\n\n"
         f"{table(perplexities, '.2f')}\n\n"
         f"Each finer granularity is better: {verdict(perplexities)}.\n\n"

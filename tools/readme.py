@@ -1,8 +1,8 @@
 """Put the tables that the README shows into it, from the committed reports: `make readme`.
 
 A line `<!-- table: FILE -->` is followed by the table of that report, up to `<!-- end of table -->`; a line
-`<!-- methods: FILE -->` by a row for each of its runs, with the method's page and paper. Such a slot stays as it is
-while its report does not exist.
+`<!-- methods: FILE -->` by a row for each of its runs, with the method's page and paper; a line `<!-- plot: FILE -->`
+by its plot of quality against size, a file beside the report. Such a slot stays as it is while there is no report.
 """
 
 import re
@@ -13,7 +13,8 @@ from quantforge.errors import RecipeError
 from quantforge.record import Report, Run
 
 ROOT = Path(__file__).parent.parent
-_SLOT = re.compile(r"(<!-- (table|methods): (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PLOT = "size.svg"
+_SLOT = re.compile(r"(<!-- (table|methods|plot): (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def refreshed(text: str, root: Path = ROOT) -> str:
@@ -21,10 +22,13 @@ def refreshed(text: str, root: Path = ROOT) -> str:
 
     def filled(slot: re.Match[str]) -> str:
         file = root / slot[3]
-        if slot[2] == "methods" and not file.exists():
+        if slot[2] != "table" and not file.exists():
             return slot[0]
         found = record.from_json(file.read_text(encoding="utf-8"))
-        facts = f"`{found.command}`, {found.machine.get('processor', 'unknown processor')}, {found.created}"
+        if slot[2] == "plot":
+            return f"{slot[1]}![Quality against bytes on disk]({Path(slot[3]).with_name(PLOT)})\n{slot[4]}"
+        made = (f"`{o.command}`, {o.machine.get('processor', 'unknown processor')}, {o.created}" for o in found.origins)
+        facts = "\n\n".join(made)
         table = report.table(found) if slot[2] == "table" else methods(found)
         return f"{slot[1]}\n{table}\n\n{facts}\n{slot[4]}"
 
@@ -72,6 +76,18 @@ def _paper(method: str) -> str:
         return ""
 
 
+def plots(text: str, root: Path = ROOT) -> dict[Path, str]:
+    """Return the files of the plots that the README `text` shows."""
+    files = (root / slot[3] for slot in _SLOT.finditer(text) if slot[2] == "plot")
+    return {
+        file.with_name(PLOT): report.picture(record.from_json(file.read_text(encoding="utf-8")))
+        for file in files
+        if file.exists()
+    }
+
+
 if __name__ == "__main__":
     readme = ROOT / "README.md"
+    for file, drawing in plots(readme.read_text(encoding="utf-8")).items():
+        file.write_text(drawing, encoding="utf-8")
     readme.write_text(refreshed(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,7 +5,10 @@ A set's name or a file becomes a `Text`; a `Text` and a tokenizer become `Window
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +27,17 @@ Part = Literal["calibration", "evaluation"]
 SOURCES: dict[str, type[PythonDocs] | type[HubText]] = {"python": PythonDocs, "hub": HubText}
 _FOLDERS = {"calibration": "calib", "evaluation": "eval"}
 _SUFFIXES = (".txt", ".jsonl")
+MAX_BYTES = 2**30  # of a file: its text and its tokens are held in memory as a whole
+MAX_LINE = 2**26  # characters of a line of JSON
+_CHUNK = 2**20
+_BINARY = {
+    b"\x1f\x8b": "gzip data",
+    b"PK\x03\x04": "a zip archive",
+    b"(\xb5/\xfd": "zstandard data",
+    b"\xfd7zXZ": "xz data",
+    b"PAR1": "a parquet table",
+    b"ARROW1": "an arrow table",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,21 @@ def load_text(name: str, part: Part) -> Text:
     return Text(name, part, text, source, limit)
 
 
+def load_documents(name: str, part: Part) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the documents of `name`, and where they come from, for reports.
+
+    Of a .jsonl file the field "text" of each line that has any; every other text is one document. Errors are those of
+    `load_text`.
+    """
+    if name not in set_names() and Path(name).suffix.lower() == ".jsonl":
+        documents = tuple(text for text in _json_texts(name) if text.strip())
+        _check_text(name, "".join(documents))
+        digest = sha256(json.dumps(documents).encode()).hexdigest()
+        return documents, {"name": name, "part": "file", "source": f"the file {Path(name).name}", "text_sha256": digest}
+    text = load_text(name, part)
+    return (text.text,), {"name": name, "part": text.part, "source": text.source, "text_sha256": text.sha256}
+
+
 def windows(
     text: Text, tokenizer: Any, seq_len: int, count: int | None = None, *, shuffle: bool = False, seed: int = 0
 ) -> Windows:
@@ -156,21 +185,87 @@ def _offline_names(part: Part) -> list[str]:
 
 def _read(name: str) -> str:
     """Read a .txt or .jsonl file as text: without a byte order mark, its line ends as newlines."""
-    path = Path(name)
-    try:
-        _check_path(name, path)
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    except OSError as error:
-        raise DataError(405, f"{name!r} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(406, f"{name!r} is not UTF-8: bad byte at position {error.start}; save it as UTF-8.") from error
-    if path.suffix.lower() == ".jsonl":
-        text = "\n\n".join(_json_text(name, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    whole = io.StringIO()
+    if Path(name).suffix.lower() == ".jsonl":
+        for i, text in enumerate(_json_texts(name)):
+            whole.write("\n\n" * (i > 0) + text)
+    else:
+        for piece in _pieces(name):
+            whole.write(piece)
+    text = whole.getvalue()
+    _check_text(name, text)
+    return text
+
+
+def _check_text(name: str, text: str) -> None:
     if "\0" in text:
         raise DataError(407, f"{name!r} is no text: it has NUL characters, the first at {text.index(chr(0))}.")
     if not text.strip():
         raise DataError(403, f"{name!r} is empty.")
-    return text
+
+
+def _json_texts(name: str) -> Iterator[str]:
+    """Yield the field "text" of each line of a .jsonl file that is not blank, one line at a time."""
+    for number, line in enumerate(_lines(name), 1):
+        if line.strip():
+            yield _json_text(name, number, line)
+
+
+def _lines(name: str) -> Iterator[str]:
+    rest: list[str] = []
+    count = held = 0
+    for piece in _pieces(name):
+        first, *others = piece.split("\n")
+        for line in others:
+            yield "".join((*rest, first))
+            rest, held, first = [], 0, line
+            count += 1
+        rest.append(first)
+        held += len(first)
+        if held > MAX_LINE:
+            raise DataError(409, f"{name!r}, line {count + 1}, has more than {MAX_LINE:,} characters; split it.")
+    yield "".join(rest)
+
+
+def _pieces(name: str) -> Iterator[str]:
+    """Yield a file as text piece by piece: strictly UTF-8, without a byte order mark, its line ends as newlines."""
+    path = Path(name)
+    decode = codecs.getincrementaldecoder("utf-8")()
+    ends = io.IncrementalNewlineDecoder(None, translate=True)
+    done, begun = 0, False
+    try:
+        _check_path(name, path)
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(416, f"{name!r} has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read: cut it.")
+        with path.open("rb") as file:
+            while data := file.read(_CHUNK):
+                if done == 0:
+                    _check_start(name, data)
+                waiting = len(decode.getstate()[0])
+                piece = _decoded(name, decode, data, done - waiting)
+                yield ends.decode(piece if begun else piece.removeprefix("\ufeff"))
+                begun = begun or bool(piece)
+                done += len(data)
+        _decoded(name, decode, b"", done - len(decode.getstate()[0]), final=True)
+        yield ends.decode("", final=True)
+    except OSError as error:
+        raise DataError(405, f"{name!r} cannot be read: {error.strerror}.") from error
+
+
+def _decoded(name: str, decode: codecs.IncrementalDecoder, data: bytes, start: int, *, final: bool = False) -> str:
+    """Decode the next bytes; `start` is where in the file those begin that are not decoded yet."""
+    try:
+        return decode.decode(data, final)
+    except UnicodeDecodeError as error:
+        position = start + error.start
+        raise DataError(406, f"{name!r} is not UTF-8: bad byte at position {position}; save it as UTF-8.") from error
+
+
+def _check_start(name: str, data: bytes) -> None:
+    """Refuse what is compressed or a table whatever it is called, since it would only be found to be no text."""
+    for start, what in _BINARY.items():
+        if data.startswith(start):
+            raise DataError(404, f"{name!r} is {what}, not text: unpack or export it as .txt or .jsonl.")
 
 
 def _check_path(name: str, path: Path) -> None:

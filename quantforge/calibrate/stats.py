@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantforge.numerics.problem import Drift
+from quantforge.numerics.products import linear
 
 _TILES = 8
 SAMPLED = 16  # tokens that are kept of each batch, where samples are wanted
@@ -36,8 +37,9 @@ class Hessian:
             x = x[finite]
         width = x.shape[1]
         step = max(-(-width // _TILES), 1)
+        xt = x.T.contiguous()
         for start in range(0, width, step):
-            self.total[start : start + step, start:] += x[:, start : start + step].T @ x[:, start:]
+            self.total[start : start + step, start:] += linear(xt[start : start + step], xt[start:])
         self.tokens += x.shape[0]
 
     def value(self) -> Tensor:
@@ -61,7 +63,7 @@ class Cross:
         finite = difference.isfinite().all(1) & x.isfinite().all(1)
         if not bool(finite.all()):
             x, difference = x[finite], difference[finite]
-        self.total += difference.T @ x
+        self.total += linear(difference.T.contiguous(), x.T.contiguous())
         self.tokens += x.shape[0]
 
     def value(self) -> Tensor:

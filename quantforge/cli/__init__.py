@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from quantforge import __version__
-from quantforge.cli import compare, evaluate, quantize, show
+from quantforge.cli import calibration_study, compare, evaluate, papers, quantize, report, sensitivity, show
 from quantforge.cli.options import print_result
 from quantforge.errors import QuantForgeError, RecipeError
 
@@ -61,4 +61,9 @@ def main() -> None:
 
 
 for command in (quantize.quantize, evaluate.evaluate, compare.compare, show.inspect, show.methods, show.formats_):
+    command.context_settings = main.context_settings  # also where a command is called without the group
     main.add_command(command)
+main.add_command(sensitivity.sensitivity)
+main.add_command(calibration_study.calibration_study)
+main.add_command(papers.papers)
+main.add_command(report.report)

@@ -15,6 +15,7 @@ from quantforge.cli.options import (
     parse_overrides,
     parse_settings,
     print_result,
+    print_warning,
     tasks_options,
     weight_format,
     windows_option,
@@ -112,5 +113,6 @@ def compare(
         isolate=isolate,
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
+        warn=print_warning,
     )
     print_result(record.to_json(found) if as_json else f"{report.table(found)}\n{out / 'report.html'}")

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from quantforge.cli.options import machine, print_result, windows_option
+from quantforge.cli.options import machine, parse_list, print_result, tasks_options, windows_option
+
+if TYPE_CHECKING:
+    from quantforge.api import Against, Evaluation
+    from quantforge.evaluation.zeroshot import TaskScore
 
 
 @click.command()
@@ -15,6 +22,11 @@ from quantforge.cli.options import machine, print_result, windows_option
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
 @windows_option
 @click.option("--kv", metavar="FORMAT", help="Decode through a cache stored so, e.g. int8-token, int4-kivi-g32-w32.")
+@click.option("--against", metavar="MODEL", help="A float model, or demo: how far predictions diverge from its.")
+@click.option("--rolling", is_flag=True, help="Word and byte perplexity of whole documents, as lm-eval has them.")
+@tasks_options
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of --shots.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="With tasks or --rolling.")
 @machine
 def evaluate(
     model: str | None,
@@ -22,11 +34,24 @@ def evaluate(
     seq_len: int,
     windows: int,
     kv: str | None,
+    against: str | None,
+    rolling: bool,
+    tasks: str,
+    suite: str | None,
+    task_dirs: tuple[Path, ...],
+    shots: int | None,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Print the perplexity of MODEL: a float model, or a quantized checkpoint."""
+    """Print the perplexity of MODEL, or what it scores on tasks: a float model, or a quantized checkpoint.
+
+    Perplexity is per token over windows of --seq-len tokens, as papers have it; with --rolling per word and per byte,
+    as lm-eval has it. With --tasks, --suite or --task-dir only tasks are scored.
+    """
     import quantforge
 
     found = quantforge.evaluate(
@@ -35,15 +60,80 @@ def evaluate(
         seq_len=seq_len,
         windows=windows or None,
         kv=kv,
+        against=against,
+        rolling=rolling,
+        tasks=parse_list(tasks),
+        suite=suite,
+        task_dirs=task_dirs,
+        shots=shots,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    if as_json:
-        print_result(json.dumps(found.record()))
-    else:
-        count = found.data.get("count")
-        through = "" if kv is None else f", decoded through a cache of {found.bytes_per_token:,.0f} bytes a token"
-        print_result(
-            f"{found.model}: perplexity {found.perplexity:.3f} on {count} x {seq_len} tokens of {found.data['name']}"
-            f"{through}"
+    print_result(json.dumps(found.record()) if as_json else _text(found))
+
+
+def _text(found: Evaluation) -> str:
+    if found.tasks:
+        return f"{found.model}, right answers:\n{_table(found.tasks)}"
+    if found.rolling is not None:
+        score = found.rolling
+        return (
+            f"{found.model}: word perplexity {score.word_perplexity:.3f}, byte perplexity {score.byte_perplexity:.4f} "
+            f"({score.bits_per_byte:.4f} bits per byte), token perplexity {score.token_perplexity:.3f}, rolling over "
+            f"{sum(score.words):,} words, {sum(score.bytes):,} bytes, {sum(score.tokens):,} tokens of "
+            f"{found.data['name']} in windows of {score.window}"
         )
+    through = "" if found.kv is None else f", decoded through a cache of {found.bytes_per_token:,.0f} bytes a token"
+    on = f"{found.data.get('count')} x {found.data['seq_len']} tokens of {found.data['name']}"
+    interval = found.interval
+    known = "" if math.isnan(interval.low) else f" (95 %: {interval.low:.3f} to {interval.high:.3f})"
+    line = f"{found.model}: token perplexity {found.perplexity:.3f}{known} on {on}{through}"
+    return line if found.against is None else f"{line}\n{_compared(found.against, len(found.losses))}"
+
+
+def _few(windows: int) -> str:
+    """Say so where no difference could be shown, whatever it is: n windows have one sign by chance in 2 of 2ⁿ cases."""
+    return "; too few windows to show any" if windows < 6 else ""
+
+
+def _compared(found: Against, windows: int) -> str:
+    ratio, kl, tokens = found.ratio, found.kl, found.divergence
+    return (
+        f"against {found.model} ({found.perplexity:.3f}): perplexity x {ratio.value:.4f} "
+        f"[{ratio.low:.4f}, {ratio.high:.4f}], "
+        f"{found.verdict} (p = {found.p:.2g}{_few(windows)})\n"
+        f"KL at least {kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] nats per token, median {tokens.median:.4f}, "
+        f"99 % of tokens up to {tokens.p99:.3f}; the same token first in {tokens.agreement:.1%}; "
+        f"{tokens.lost:,} right ones lost, {tokens.gained:,} gained of {tokens.tokens:,}"
+    )
+
+
+def _table(scores: tuple[TaskScore, ...]) -> str:
+    """Return a line for each task, in columns."""
+    rows = [("task", "shots", "items", "accuracy", "95 % interval", "standard error", "chance", "p above chance")]
+    for score in scores:
+        found = score.summary
+        guess = ("-", "-") if math.isnan(found.chance) else (f"{found.chance:.1%}", f"{found.p:.2g}")
+        share = found.share
+        interval = f"{share.low:.1%} to {share.high:.1%}"
+        rows.append(
+            (
+                score.task,
+                str(score.shots),
+                str(found.items),
+                f"{share.value:.1%}",
+                interval,
+                f"{found.error:.1%}",
+                *guess,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

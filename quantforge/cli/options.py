@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from quantforge.errors import RecipeError, ResourceError
+from quantforge.errors import RecipeError, ResourceError, clean
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,11 +27,20 @@ def print_result(text: str) -> None:
         raise ResourceError(513, f"the result could not be printed: {error.strerror}.") from error
 
 
+def print_warning(line: str) -> None:
+    """Print what the user should know, apart from the results."""
+    click.echo(clean(f"warning: {line}"), err=True)
+
+
 def calibration(command: Command) -> Command:
     """Add the options of calibration text."""
     for option in (
         click.option(
-            "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of --shuffle."
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0, 2**63 - 1),
+            help="Seed of --shuffle and --shots.",
         ),
         click.option("--shuffle", is_flag=True, help="Draw the windows instead of taking the first ones."),
         click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window."),

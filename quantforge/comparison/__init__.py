@@ -6,30 +6,28 @@ import datetime
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantforge import api, exporters, pipeline, record, report, resources
+from quantforge import api, exporters, pipeline, record, report
+from quantforge.calibrate import overlap
+from quantforge.calibrate.overlap import Overlap
 from quantforge.comparison import cells, isolated, wishes
 from quantforge.comparison.cells import Ground, Tasks
 from quantforge.comparison.wishes import DTYPES, FLOAT, Request
 from quantforge.errors import PlanError, RecipeError
-from quantforge.evaluation import histograms, perplexity, zeroshot
-from quantforge.evaluation import reference as references
-from quantforge.evaluation.perplexity import Score
-from quantforge.evaluation.reference import DENSE, Reference
+from quantforge.evaluation import histograms, zeroshot
 from quantforge.memory import in_use
 from quantforge.models import activations
 from quantforge.models import load as loading
 from quantforge.models.kvcache import KVFormat
 from quantforge.plan import Plan, check_export, make
-from quantforge.progress import bar
 from quantforge.record import Origin, Report, Run
-from quantforge.store import check_target, check_writable, write_text
+from quantforge.store import check_report_folder, check_target, write_text
 
 __all__ = ["FLOAT", "PROTOCOL", "Request", "compare", "keep_weights", "restore_weights"]
 
@@ -70,6 +68,7 @@ def compare(
     isolate: bool = False,
     trust_remote_code: bool = False,
     command: str = "",
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Quantize a model by each of `methods` at each of `bits`, score every result, and report.
 
@@ -85,14 +84,16 @@ def compare(
              comparison leaves it that was interrupted
     isolate  measure each row in a process of its own: one that dies costs its row only
     command  the command line, for the report
+    warn     called with what the user should know before the work begins, such as common text
 
     The other arguments are those of `quantforge.quantize` and `quantforge.evaluate`. All recipes are planned before any
     weight is read. Raises the subclasses of QuantForgeError.
     """
     models = [model] if model is None or isinstance(model, str | Path) else list(model)
-    if not models or len(set(map(str, models))) < len(models):
-        raise RecipeError(224, "there is nothing to compare: name at least one model, and each once.")
+    if not models or len(set(map(_folder, models))) < len(models):
+        raise RecipeError(226, "there is nothing to compare: name at least one model, and each by a name of its own.")
     wanted = api.wished_tasks(tasks, suite, tuple(map(Path, task_dirs)))
+    api.check_together(bool(wanted), rolling=False, kv=None, counts=(shots, limit))
     requests = [
         Request(
             model=None if one is None else str(one),
@@ -122,11 +123,13 @@ def compare(
         )
         for one in models
     ]
-    ready = [prepare(request) for request in requests]
     place = None if out is None else Path(out)
-    own = [place if place is None or len(ready) == 1 else place / _folder(one) for one in models]
-    for job, folder in zip(ready, own, strict=True):
-        _check_folders(job, folder, resume=resume)
+    own = [place if place is None or len(models) == 1 else place / _folder(one) for one in models]
+    ready = [prepare(request, folder, resume=resume) for request, folder in zip(requests, own, strict=True)]
+    for job in ready:
+        said = job.common.warning(job.calib_from["name"], job.data_from["name"])
+        if said and any(plan.needs for plan in job.plans.values()):
+            warn(said)
     found = [_measure(job, folder, resume=resume, isolate=isolate) for job, folder in zip(ready, own, strict=True)]
     whole = found[0] if len(found) == 1 else report.merge(found)
     if place is not None:
@@ -159,24 +162,31 @@ class Job:
     ids: Tensor
     data_from: dict[str, Any]
     tasks: Tasks | None
+    fingerprint: str
+    common: Overlap
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """Return what the row of each label is made with: only a row made so can be taken over."""
+        """Return what the row of each label is made with, in order: only a row made so can be taken over."""
         return {
+            FLOAT: {},
+            **{label: {"dtype": str(dtype).removeprefix("torch.")} for label, dtype in self.dtypes.items()},
             **{label: wishes.told(plan) for label, plan in self.plans.items()},
             **{label: {"cache": str(fmt)} for label, fmt in self.caches.items()},
-            **{label: {"dtype": str(dtype).removeprefix("torch.")} for label, dtype in self.dtypes.items()},
         }
 
 
-def prepare(request: Request) -> Job:
-    """Plan every row, read the texts and check the tasks; all of it before any weight is read."""
+def prepare(request: Request, out: Path | None = None, *, resume: bool = False) -> Job:
+    """Plan every row, check the tasks and the folders, and read the texts; all of it before any weight is read."""
     recipes = wishes.recipes(request)
     loading.check_device(request.device)
     source = loading.find(request.model, trust_remote_code=request.trust_remote_code)
     caches = wishes.caches(request.methods, source.config)
     skeleton = source.skeleton()
     plans = {label: make(skeleton, chosen, source.dtype) for label, chosen in recipes.items()}
+    if out is not None:
+        check_report_folder(out, source.path)
+    if request.keep is not None:
+        _check_kept(Path(request.keep), plans, source, resume=resume)
     tasks = None
     if request.tasks:
         folders = tuple(map(Path, request.task_dirs))
@@ -188,11 +198,22 @@ def prepare(request: Request) -> Job:
         request.calibration, "calibration", count=request.samples, shuffle=request.shuffle, seed=request.seed
     )
     ids, data_from = tokens(request.data, "evaluation", count=request.windows)
-    data_from = data_from | {"text_bytes": _text_bytes(ids, tokenizer)}
+    size = _text_bytes(ids, tokenizer)
+    data_from = data_from | {"text_bytes": size}
+    run = overlap.run_length(size / ids[:, 1:].numel())
+    common = overlap.measure(calib, ids, same=overlap.same_text(calib_from, data_from), n=run)
+    if common.found:
+        data_from["overlap"] = common.share
     if tasks is not None:
-        data_from["tasks"] = {"names": list(tasks.names), "shots": tasks.shots, "limit": tasks.limit}
+        data_from["tasks"] = {
+            "names": list(tasks.names), "shots": tasks.shots, "limit": tasks.limit, "seed": tasks.seed,
+            "items": zeroshot.digest(tasks.names, tasks.folders),
+        }  # fmt: skip
     dtypes = {name: DTYPES[name] for name in request.methods if name in DTYPES}
-    return Job(request, source, skeleton, tokenizer, plans, caches, dtypes, calib, calib_from, ids, data_from, tasks)
+    return Job(
+        request, source, skeleton, tokenizer, plans, caches, dtypes, calib, calib_from, ids, data_from, tasks,
+        source.digest(), common,
+    )  # fmt: skip
 
 
 def _text_bytes(ids: Tensor, tokenizer: Any) -> int:
@@ -204,31 +225,38 @@ def _text_bytes(ids: Tensor, tokenizer: Any) -> int:
 
 
 def _measure(job: Job, out: Path | None, *, resume: bool, isolate: bool) -> Report:
-    """Measure every row of a job that is not done already; each is written as it comes."""
-    done = _done(out, job) if resume and out is not None else {}
+    """Measure every row of a job that is not done already; each is written as it comes, beside all that are done."""
+    earlier = _earlier(out, job) if resume and out is not None else ()
+    wished = job.options()
+    done = {run.label: run for run in earlier if run.options == wished.get(run.label)}
+    others = [run for run in earlier if run.label not in wished]
     together = functools.cache(lambda: _together(job, done))
-    runs: list[Run] = []
-    for label in (FLOAT, *job.dtypes, *job.plans, *job.caches):
-        if label in done:
-            runs.append(done[label])
-        else:
-            runs.append(isolated.measure(job.request, label) if isolate else together()(label))
-        if out is not None:  # what is done is not lost, whatever becomes of the runs to come
-            write_text(out / "report.json", record.to_json(_report(job, runs)))
-    return _report(job, runs)
+    runs = dict(done)
+    for label in wished:
+        if label not in done:
+            runs[label] = isolated.measure(job.request, label) if isolate else together()(label)
+            if out is not None:
+                write_text(out / "report.json", record.to_json(_report(job, [*_ordered(runs, wished), *others])))
+    return _report(job, [*_ordered(runs, wished), *others])
+
+
+def _ordered(runs: Mapping[str, Run], labels: Iterable[str]) -> list[Run]:
+    return [runs[label] for label in labels if label in runs]
 
 
 def measure_one(request: Request, label: str) -> Run:
     """Measure one row of a request alone, as a process of its own does."""
-    job = prepare(request)
+    job = replace(prepare(replace(request, keep=None)), request=request)  # the folders were checked for all rows
     done = {other: cells.failed(other, "") for other in job.options() if other != label}
     return _together(job, done)(label)
 
 
 def _together(job: Job, done: Mapping[str, Run]) -> Callable[[str], Run]:
     """Load the model, and return what measures a row on it: weights are put back before each."""
+    if job.tasks is not None:
+        import lm_eval.evaluator  # noqa: F401, so that its memory is not counted with that of the rows
     built = loading.model(job.source, job.request.device)
-    reference, score = _reference(job, built)
+    reference, score = api.kept_reference(built, job.ids, job.source.fingerprint(job.request.device))
     plans = {label: plan for label, plan in job.plans.items() if label not in done}
     kept = keep_weights(built, plans.values())
     rounded = {label: plan for label, plan in plans.items() if _only_rounds(plan)}
@@ -239,39 +267,19 @@ def _together(job: Job, done: Mapping[str, Run]) -> Callable[[str], Run]:
         job.source, job.tokenizer, job.calib, job.calib_from, job.ids, reference, spreads, job.tasks,
         in_use(torch.device(job.request.device)), None if job.request.keep is None else Path(job.request.keep),
     )  # fmt: skip
-    level = functools.cache(lambda: cells.float_model(score, job.skeleton, built, ground))
+    level = cells.float_model(score, job.skeleton, job.source)
 
     def measure(label: str) -> Run:
         restore_weights(built, kept)
         if label in job.plans:
             return cells.quantized(label, job.plans[label], built, ground, losses.get(label))
         if label in job.caches:
-            return cells.cached(label, job.caches[label], built, ground, level())
+            return cells.cached(label, job.caches[label], built, ground, level)
         if label in job.dtypes:
-            return cells.in_dtype(label, job.dtypes[label], built, ground, level())
-        return level()
+            return cells.in_dtype(label, job.dtypes[label], built, ground, level)
+        return cells.measured(level, score, built, ground)
 
     return measure
-
-
-def _reference(job: Job, model: nn.Module) -> tuple[Reference, Score]:
-    """Return what the float model predicts, kept from an earlier comparison if there was one, and its score."""
-    ids, scores = job.ids, list[Score]()
-    vocab = job.source.config.get_text_config().vocab_size
-    made = references.made(job.source.fingerprint(job.request.device), ids, vocab)
-
-    def make() -> Reference:
-        with bar(FLOAT, len(ids)) as step:
-            reference, score = perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))
-        scores.append(score)
-        return reference
-
-    found = references.get(resources.cache_dir(), made, make)
-    if scores:
-        return found, scores[0]
-    dense, first = perplexity.make_reference(model, ids[:DENSE], k=1)
-    score = Score(found.losses, tokens_per_second=first.tokens_per_second)
-    return Reference(found.kept, found.losses, dense.dense), score
 
 
 def _only_rounds(plan: Plan) -> bool:
@@ -285,23 +293,25 @@ def _report(job: Job, runs: Sequence[Run]) -> Report:
         model_notes=job.source.notes,
         calibration=job.calib_from,
         evaluation=job.data_from,
-        machine=record.machine(),
+        machine=record.machine() | {"device": job.request.device},
         versions=record.versions(),
         command=job.request.command,
         created=datetime.date.today().isoformat(),
+        fingerprint=job.fingerprint,
     )
     return Report(record.SCHEMA, PROTOCOL, (origin,), tuple(runs))
 
 
-def _done(out: Path, job: Job) -> dict[str, Run]:
-    """Return the runs of the report in `out` by label, those that are wished just so; PlanError if it is another
-    model's, or made on other tokens, versions or machines."""
+def _earlier(out: Path, job: Job) -> tuple[Run, ...]:
+    """Return the runs of the report in `out`, but for those that failed; PlanError if it is another model's, or made on
+    other tokens, versions or machines."""
     if not (out / "report.json").exists():
-        return {}
+        return ()
     found = record.from_json((out / "report.json").read_text(encoding="utf-8"))
     ours, theirs = _report(job, ()).origins[0], found.origins[0]
     names = {
         "model": "model",
+        "fingerprint": "files of the model",
         "calibration": "calibration tokens",
         "evaluation": "evaluation tokens or tasks",
         "versions": "versions",
@@ -312,8 +322,7 @@ def _done(out: Path, job: Job) -> dict[str, Run]:
             raise PlanError(272, f"--resume: the report in {out} was made with other {words}; leave --resume out.")
     if found.protocol != PROTOCOL:
         raise PlanError(272, f"--resume: the report in {out} was made by another protocol; leave --resume out.")
-    wished = job.options() | {FLOAT: {}}
-    return {run.label: run for run in found.runs if run.options == wished.get(run.label)}
+    return tuple(run for run in found.runs if "failed" not in run.options)
 
 
 def keep_weights(model: nn.Module, plans: Iterable[Plan]) -> dict[str, Tensor]:
@@ -340,22 +349,6 @@ def restore_weights(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         for name, parameter in model.named_parameters():
             if name in originals:
                 parameter.copy_(originals[name])
-
-
-def _check_folders(job: Job, out: Path | None, *, resume: bool) -> None:
-    if out is not None:
-        _check_report_folder(out, job.source.path)
-    if job.request.keep is not None:
-        _check_kept(Path(job.request.keep), job.plans, job.source, resume=resume)
-
-
-def _check_report_folder(out: Path, model: Path) -> None:
-    """Refuse, before any work, a report folder that lies in the model's, is a file, or cannot be written."""
-    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
-        raise PlanError(266, f"--out {out} is the model's own folder or lies in it; choose another folder.")
-    if os.path.lexists(out) and not out.is_dir():
-        raise PlanError(267, f"--out {out} is a file; a report needs a folder.")
-    check_writable(out)
 
 
 def _check_kept(keep: Path, plans: Mapping[str, Plan], source: loading.Source, *, resume: bool) -> None:

@@ -34,7 +34,7 @@ from quantforge.result import Result
 from quantforge.solving import Layer
 
 Losses = Mapping[str, tuple[float, float]]
-TASKS_AT_ONCE = 8  # texts
+TASKS_AT_ONCE = 32  # texts of similar length, fewer if logits of a large vocabulary would need much memory
 WORST = 3  # layers of each run whose values are drawn
 
 
@@ -106,13 +106,13 @@ def quantized(label: str, plan: Plan, model: nn.Module, ground: Ground, losses: 
         layers=tuple(_row(layer) for layer in result.layers),
         notes=(*result.fallbacks(), *filter(None, [_bias(plan, ground.source)])),
     )
-    return _measured(run, score, model, ground, _histograms(result, ground))
+    return measured(run, score, model, ground, _histograms(result, ground))
 
 
-def float_model(score: Score, skeleton: nn.Module, model: nn.Module, ground: Ground) -> Run:
-    """Return the row of the float model, which was scored when the reference was made."""
-    dtype = ground.source.dtype
-    run = Run(
+def float_model(score: Score, skeleton: nn.Module, source: loading.Source) -> Run:
+    """Return what is known of the float model, which was scored when the reference was made."""
+    dtype = source.dtype
+    return Run(
         label=FLOAT,
         method=FLOAT,
         bits=None,
@@ -127,7 +127,6 @@ def float_model(score: Score, skeleton: nn.Module, model: nn.Module, ground: Gro
         layers=(),
         notes=(),
     )
-    return _measured(run, score, model, ground)
 
 
 def in_dtype(label: str, dtype: torch.dtype, model: nn.Module, ground: Ground, level: Run) -> Run:
@@ -135,7 +134,9 @@ def in_dtype(label: str, dtype: torch.dtype, model: nn.Module, ground: Ground, l
 
     level  the float model's row
     """
-    other = copy.deepcopy(model).to(dtype)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():  # buffers such as the rotary frequencies stay as a loaded model has them
+        parameter.data = parameter.data.to(dtype)
     score = _score(label, other, ground)
     note = f"the float model computed in {str(dtype).removeprefix('torch.')}: differences as small as its are rounding"
     run = replace(
@@ -148,7 +149,7 @@ def in_dtype(label: str, dtype: torch.dtype, model: nn.Module, ground: Ground, l
         options={"dtype": str(dtype).removeprefix("torch.")},
         notes=(note,),
     )
-    return _measured(run, score, other, ground)
+    return measured(run, score, other, ground)
 
 
 def cached(label: str, fmt: KVFormat, model: nn.Module, ground: Ground, level: Run) -> Run:
@@ -203,7 +204,7 @@ def _score(label: str, model: nn.Module, ground: Ground) -> Score:
         return perplexity.evaluate(model, ground.ids, ground.reference, progress=lambda loss: step(f"loss {loss:.3f}"))
 
 
-def _measured(run: Run, score: Score, model: nn.Module, ground: Ground, drawn: Sequence[Histogram] = ()) -> Run:
+def measured(run: Run, score: Score, model: nn.Module, ground: Ground, drawn: Sequence[Histogram] = ()) -> Run:
     """Add what a pass over the windows and the tasks told to a row."""
     return replace(
         run,
@@ -214,6 +215,12 @@ def _measured(run: Run, score: Score, model: nn.Module, ground: Ground, drawn: S
         tokens_per_second=score.tokens_per_second,
         histograms=tuple(drawn),
     )
+
+
+def _vocab(model: nn.Module) -> int:
+    config: Any = model.config
+    size: int = config.get_text_config().vocab_size
+    return size
 
 
 def _divergence(score: Score) -> DivergenceRow | None:
@@ -243,7 +250,7 @@ def _tasks(model: nn.Module, ground: Ground) -> tuple[TaskRow, ...]:
         shots=wanted.shots,
         limit=wanted.limit,
         seed=wanted.seed,
-        batch_size=1 if api.mixes_tokens(model) else TASKS_AT_ONCE,
+        batch_size=1 if api.mixes_tokens(model) else max(1, min(TASKS_AT_ONCE, 2**21 // _vocab(model))),
         folders=wanted.folders,
     )
     return tuple(

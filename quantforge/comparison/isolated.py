@@ -24,8 +24,10 @@ def measure(request: Request, label: str) -> Run:
         answer = Path(scratch) / "run.json"
         question = json.dumps({"request": asdict(request), "label": label, "answer": str(answer)})
         done = subprocess.run(
-            [sys.executable, "-c", "from quantforge.comparison.isolated import main; main()"],
+            # -P: no code of the current folder
+            [sys.executable, "-P", "-c", "from quantforge.comparison.isolated import main; main()"],
             input=question,
+            stdout=subprocess.DEVNULL,
             text=True,
             check=False,
         )

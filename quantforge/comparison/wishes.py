@@ -115,6 +115,8 @@ def told(plan: Plan) -> dict[str, Any]:
             pattern: "float" if other is None else {"method": other.name, **told(replace(plan, recipe=other))}
             for pattern, other in chosen.overrides
         }
+    if len(chosen.overrides) > 1:  # the last match wins, and dictionaries are equal in any order
+        found["override order"] = [pattern for pattern, _ in chosen.overrides]
     return found | _options(chosen)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantforge.errors import DataError, ModelError
 from quantforge.evaluation.perplexity import Score
+from quantforge.numerics.products import fast_linear
 
 
 def evaluate_decoding(
@@ -32,7 +33,7 @@ def evaluate_decoding(
     ids = ids.to(next(model.parameters()).device)
     total = torch.zeros(windows, dtype=torch.float64, device=ids.device)
     cache = make_cache()
-    with torch.no_grad():
+    with torch.no_grad(), fast_linear():
         for t in range(length - 1):
             output: Any = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
             losses = F.cross_entropy(output.logits[:, -1].float(), ids[:, t + 1], reduction="none").double()

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from quantforge.evaluation.divergence import (
     top_k_divergence,
 )
 from quantforge.evaluation.reference import DENSE, Dense, K, Reference, after_head
+from quantforge.numerics.products import fast_linear
 
 _CHUNK = 128  # tokens whose log-probabilities are held at once
 
@@ -115,19 +116,11 @@ def make_reference(
             parts.append(top_k(logits, k))
             progress(losses[-1])
             if len(losses) == 1:
-                first = logits
+                first = logits[:_CHUNK].clone()
             if len(losses) >= DENSE:
                 caught.closed = True
     reference = Reference(joined_top_k(parts), tuple(losses), _whole(model, caught.hidden, first, ids))
     return reference, Score(reference.losses, tokens_per_second=ids.numel() / max(seconds, 1e-9))
-
-
-def with_dense(model: nn.Module, reference: Reference, ids: Tensor) -> Reference:
-    """Return a reference over ids [windows, seq_len] that was read from a file with whole distributions of the first.
-
-    model  the float model
-    """
-    return replace(reference, dense=make_reference(model, ids[:DENSE], k=1)[0].dense)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -150,7 +143,8 @@ def _predictions(model: nn.Module, window: Tensor) -> tuple[Tensor, Tensor, floa
     """Return the logits [seq_len − 1, vocab] of one window, the tokens that follow, and the seconds it took."""
     tokens = window[None].to(next(model.parameters()).device)
     start = time.perf_counter()
-    output: Any = model(input_ids=tokens, use_cache=False)
+    with fast_linear():
+        output: Any = model(input_ids=tokens, use_cache=False)
     if tokens.is_cuda:
         torch.cuda.synchronize()
     return output.logits[0, :-1], tokens[0, 1:], time.perf_counter() - start
@@ -190,7 +184,7 @@ def _whole(model: nn.Module, caught: list[Tensor], first: Tensor, ids: Tensor) -
     def logits(hidden: Tensor) -> Tensor:
         return follow(head(hidden.to(head.weight.dtype)))
 
-    return Dense(torch.stack(caught), logits) if _agree(first, logits(caught[0])) else None
+    return Dense(torch.stack(caught), logits) if _agree(first, logits(caught[0][:_CHUNK])) else None
 
 
 def _agree(direct: Tensor, replayed: Tensor) -> bool:

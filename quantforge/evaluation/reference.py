@@ -20,6 +20,7 @@ from quantforge.store import write_bytes
 
 SCHEMA = "quantforge-reference-1"
 K = 128  # most probable tokens kept of each position: 19 MB for 48 windows of 512
+CLOSE = 1e-3  # nats of a window's loss: two measurements of one float model differ by less, whatever the threads
 DENSE = 4  # windows whose whole distributions are compared, to tell how far below them the bound lies
 
 _ADVICE = "delete the file to have it made anew"
@@ -148,7 +149,7 @@ def load(path: Path, made: Made) -> Reference:
     try:
         return unpack(tensors, metadata, made)
     except DataError as error:
-        raise DataError(error.number, f"{path.name!r}: {error.args[0]}") from error
+        raise DataError(445, f"{path.name!r}: {error.args[0]}") from error
 
 
 def get(folder: Path | None, made: Made, make: Callable[[], Reference]) -> Reference:

@@ -51,12 +51,18 @@ class Source:
     folder: check.Folder | None = None
     trust_remote_code: bool = False
 
-    def fingerprint(self, device: str) -> str:
-        """Return a digest of the files, and of the versions and the kind of device that compute with them."""
+    def digest(self) -> str:
+        """Return a digest of the model's files, and of the code that was allowed to run."""
         files = {self.path / self.gguf} if self.gguf else {self.path / "config.json"}
         if self.folder is not None:
             files |= {tensor.file for tensor in self.folder.tensors.values()}
-        return fingerprint(files, torch.__version__, transformers.__version__, device)
+        if self.trust_remote_code:
+            files |= set(self.path.rglob("*.py"))
+        return fingerprint(files, str(self.trust_remote_code))
+
+    def fingerprint(self, device: str) -> str:
+        """Return a digest of the files, and of the versions and the kind of device that compute with them."""
+        return fingerprint((), self.digest(), torch.__version__, transformers.__version__, device)
 
     def skeleton(self) -> nn.Module:
         """Return the model on the meta device: every layer and shape, no weights; checked against the files.

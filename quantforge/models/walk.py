@@ -18,6 +18,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from quantforge.numerics.products import fast_linear
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -39,7 +41,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one call of a 
 def output_of(block: nn.Module, weights: dict[str, Tensor], call: Call) -> Tensor:
     """Return the hidden states that `block` makes of one call, with `weights` in place of parameters of those names."""
     args, kwargs = call
-    found: Any = torch.func.functional_call(block, weights, args, kwargs)
+    with fast_linear():
+        found: Any = torch.func.functional_call(block, weights, args, kwargs)
     hidden: Tensor = found[0] if isinstance(found, tuple) else found
     return hidden
 
@@ -100,5 +103,5 @@ def walk(
 def _go_on(one: _Parked, *batch: Tensor) -> None:
     """Let a batch run until it parks or ends; gradients are off meanwhile, and only then (the mode is the thread's)."""
     if not one.dead:
-        with torch.no_grad():
+        with torch.no_grad(), fast_linear():
             one.switch(*batch)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantforge.numerics.formats import Format
 from quantforge.numerics.inputs import Inputs, QInput
+from quantforge.numerics.products import linear
 from quantforge.numerics.qtensor import QTensor
 from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import LowRank, Residual, Sparse
@@ -61,7 +62,7 @@ class Problem:
     def row_losses(self, approx: Tensor) -> Tensor:
         """Return the diagonal of (W − Ŵ) H (W − Ŵ)ᵀ → [out]; without a Hessian, H is the identity."""
         error = self.weight - approx
-        weighted = error if self.hessian is None else error @ self.hessian
+        weighted = error if self.hessian is None else linear(error, self.hessian)
         return (weighted * error).sum(1)
 
     def loss(self, approx: Tensor) -> float:
@@ -99,7 +100,7 @@ class QWeight:
     def product(self, x: Tensor) -> Tensor:
         """Return x [tokens, in] times the matrix, part by part, as a kernel would compute it → [tokens, out]."""
         base = self.base.dequantize(x.dtype)
-        out = x @ base.T
+        out = linear(x, base)
         for residual in self.residuals:
             if isinstance(residual, LowRank):
                 a, b = residual.factors()

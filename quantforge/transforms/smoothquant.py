@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantforge.numerics.inputs import settle
 from quantforge.numerics.problem import Problem
+from quantforge.numerics.products import linear
 from quantforge.numerics.qtensor import fit, quantize
 from quantforge.registry import register
 
@@ -74,7 +75,7 @@ class SmoothQuant:
             inputs = replace(problem.inputs, static=by_tensor)
             rounds = settle(inputs, low / scales, high / scales, torch.float32)
             x = rounds.round(x)
-        return float((problem.samples @ problem.weight.T - x @ rounded.T).double().square().sum())
+        return float((linear(problem.samples, problem.weight) - linear(x, rounded)).double().square().sum())
 
 
 def smooth(size: Tensor, weight: Tensor, alpha: float) -> Tensor:

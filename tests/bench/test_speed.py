@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,30 @@ def test_evaluation_with_rounded_inputs_beside_float(benchmark, demo):
 
     benchmark.pedantic(run, rounds=1)
     benchmark.extra_info |= {"seconds": taken[0], "float_seconds": level, "times_float": taken[0] / level}
+
+
+def test_divergence_beside_perplexity(benchmark, demo):
+    """Seconds to score 48 windows with the divergence from the float model, beside those without it."""
+    source, _ = demo
+    windows = {"tokenizer": load.tokenizer(source), "config": source.config, "seq_len": 512, "count": 48}
+    ids, _ = api.token_ids("python-docs", "evaluation", **windows)
+    model = load.model(source)
+    reference, _ = perplexity.make_reference(model, ids)
+    pipeline.quantize(model, planning.make(model, recipe.load("rtn", bits=4, group_size=64), source.dtype))
+    ways = {"without": None, "bound": replace(reference, dense=None), "bound_and_gap": reference}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+
+    def run() -> None:
+        for name, kept in ways.items():
+            begin = time.perf_counter()
+            perplexity.evaluate(model, ids, kept)
+            seconds[name].append(time.perf_counter() - begin)
+
+    benchmark.pedantic(run, rounds=3)
+    level = min(seconds["without"])
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "seconds": seconds} | {
+        f"{name}_times_perplexity": min(seconds[name]) / level for name in ("bound", "bound_and_gap")
+    }
 
 
 @pytest.mark.parametrize("width", [576, 1536, 2048])

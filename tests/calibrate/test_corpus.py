@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+import tracemalloc
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -21,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from quantforge import network
-from quantforge.calibrate import hub, python_docs
-from quantforge.calibrate.corpus import SOURCES, Text, load_text, set_names, windows
+from quantforge.calibrate import corpus, hub, python_docs
+from quantforge.calibrate.corpus import SOURCES, Text, load_documents, load_text, set_names, windows
 from quantforge.errors import DataError
 from quantforge.resources import KINDS, build, definitions, read_mapping
 
@@ -400,6 +401,10 @@ def test_jsonl_joins_the_field_text_by_an_empty_line(tmp_path_factory: Any, docu
         ('["text"]', "line 3, has no field 'text'; it has: list"),
         ('{"text": 7}', "line 3: the field 'text' must be a string, not 7"),
         ('{"text": null}', "line 3: the field 'text' must be a string, not None"),
+        ('{"text": NaN}', "line 3: the field 'text' must be a string, not nan"),
+        ('{"text": {"text": "a"}}', "line 3: the field 'text' must be a string, not {'text': 'a'}"),
+        ('{"text": ' + "9" * 5000 + "}", "line 3, is not JSON"),
+        ('{"text": ' + '{"a":' * 50_000 + "1" + "}" * 50_001, "line 3, is not JSON"),
         ('{"text": "ab\\ud800"}', "line 3: character 2 of 'text' is half a surrogate pair"),
     ],
 )
@@ -436,6 +441,100 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str, content: b
         load_text(str(tmp_path / name), "calibration")
     assert message in str(error.value)
     assert error.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"\x1f\x8b\x08", "gzip data"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"\x28\xb5\x2f\xfd", "zstandard data"),
+        (b"\xfd7zXZ\x00", "xz data"),
+        (b"PAR1", "a parquet table"),
+        (b"ARROW1\x00\x00", "an arrow table"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_what_is_compressed_or_a_table_is_named_whatever_the_file_is_called(
+    tmp_path: Path, start: bytes, what: str, suffix: str
+) -> None:
+    """None is ever unpacked, so none can swell."""
+    (tmp_path / f"a{suffix}").write_bytes(start + bytes(100))
+    with pytest.raises(DataError, match=f"is {what}, not text: unpack or export it") as error:
+        load_text(str(tmp_path / f"a{suffix}"), "calibration")
+    assert error.value.exit_code == 4
+
+
+def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(2**31)
+    start = time.monotonic()
+    with pytest.raises(DataError, match="has 2,147,483,648 bytes; at most 1,073,741,824 are read: cut it"):
+        load_text(str(tmp_path / "a.txt"), "calibration")
+    assert time.monotonic() - start < 10
+
+
+def test_a_line_beyond_the_limit_is_named_before_it_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_CHUNK", 1000)
+    monkeypatch.setattr(corpus, "MAX_LINE", 5000)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + "x" * 4_000_000)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="line 2, has more than 5,000 characters"):
+        load_text(str(path), "calibration")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_many_lines_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held is the text that comes out, not the lines that it is taken from."""
+    monkeypatch.setattr(corpus, "_CHUNK", 2**16)
+    path = tmp_path / "a.jsonl"
+    line = json.dumps({"text": "a", "more": "x" * 400}) + "\n"
+    path.write_text(line * 20_000)
+    tracemalloc.start()
+    text = load_text(str(path), "calibration").text
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert text == "\n\n".join("a" * 20_000)
+    assert peak < path.stat().st_size / 4
+
+
+@given(st.binary(max_size=40), st.integers(1, 7))
+@example(b"\xef\xbb\xbfa\r\nb\rc\n\xc3\xa9", 1)
+@example(b"abc\xe6\x9d", 3)
+@example("\u00e9\u6771\U0001f600".encode() + b"\xff", 2)
+def test_a_file_read_in_pieces_is_the_file_as_a_whole(tmp_path_factory: Any, content: bytes, size: int) -> None:
+    """Its text is what it would be at once, and a bad byte stands where it would be found at once."""
+    path = tmp_path_factory.mktemp("pieces") / "a.txt"
+    content = b"." + content if content.startswith(tuple(corpus._BINARY)) else content
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "_CHUNK", size)
+        try:
+            expected = content.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            with pytest.raises(DataError, match=f"bad byte at position {error.start};"):
+                list(corpus._pieces(str(path)))
+        else:
+            assert "".join(corpus._pieces(str(path))) == expected
+            assert list(corpus._lines(str(path))) == expected.split("\n")
+
+
+def test_documents_are_the_lines_of_jsonl_that_have_text_and_else_the_whole(tmp_path: Path, no_network: None) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\\n"}\n\n{"text": " "}\n{"text": "two"}\n')
+    documents, provenance = load_documents(str(path), "evaluation")
+    assert documents == ("one\n", "two")
+    assert provenance["name"] == str(path)
+    path.write_text('{"text": " "}\n')
+    with pytest.raises(DataError, match="is empty"):
+        load_documents(str(path), "evaluation")
+    (whole,), provenance = load_documents("python-docs", "evaluation")
+    assert whole == load_text("python-docs", "evaluation").text
+    assert (provenance["name"], provenance["part"]) == ("python-docs", "evaluation")
 
 
 @pytest.mark.parametrize(
@@ -488,6 +587,33 @@ def test_special_tokens_are_the_tokenizers_own_and_stand_once() -> None:
     assert ids.shape == (3, 16)
     assert (ids == 256).sum() == 1
     assert ids[0, 0] == 256
+
+
+def test_a_tokenizer_without_special_tokens_needs_none() -> None:
+    """Windows are full, so nothing is padded, and nothing is added where the tokenizer adds nothing."""
+    bare = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    assert bare.bos_token_id is bare.eos_token_id is bare.pad_token_id is None
+    assert torch.equal(windows(text_of(50), bare, 16).ids, windows(text_of(50), byte_tokenizer(), 16).ids)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for i in range(10**9) %}{% for j in range(10**9) %}x{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**12 }}",
+        "{% this is no template",
+    ],
+)
+def test_a_hostile_chat_template_is_never_filled_in(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a chat template was used")
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", refuse)
+    assert windows(text_of(50), tokenizer, 16).ids.shape == (3, 16)
 
 
 def test_a_long_text_is_not_truncated_and_brings_no_warning(caplog: pytest.LogCaptureFixture) -> None:

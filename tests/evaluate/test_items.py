@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from statistics import mean
@@ -168,3 +169,27 @@ def test_the_readme_counts_the_items():
     assert {row[1]: int(row[2]) for row in cells if row[1].endswith(".jsonl")} == {
         f"{name}.jsonl": len(rows(name)) for name in SETS
     }
+
+
+@pytest.mark.bench
+def test_the_items_tell_a_model_from_guessing_and_from_one_that_lost_something():
+    """On the demo model: far above chance, below 95 %, worse at 3 bits, and scored in four minutes of one core."""
+    from quantforge import api
+    from quantforge.evaluation import zeroshot
+    from quantforge.evaluation.significance import accuracy, mcnemar
+    from quantforge.models import load
+
+    source = load.find(None)
+    tokenizer = load.tokenizer(source)
+    start = time.process_time()
+    before = zeroshot.evaluate(load.model(source), tokenizer, zeroshot.SUITES["smoke"])
+    assert time.process_time() - start < 240
+    rounded = api.quantize(None, "rtn", bits=3, group_size=64).model.float()
+    after = zeroshot.evaluate(rounded, tokenizer, zeroshot.SUITES["smoke"])
+    for one, other, chance in zip(before, after, (1 / 2, 1 / 20, 1 / 4), strict=True):
+        assert accuracy(one.answers, chance).p < 1e-6, one.task
+        assert one.summary.share.value < 0.95, one.task
+        assert one.items == other.items
+        flips = mcnemar(one.answers, other.answers)
+        assert flips.p < 0.01, one.task
+        assert flips.gain < 0, one.task

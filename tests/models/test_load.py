@@ -165,7 +165,7 @@ def test_the_fingerprint_tells_contents_names_and_facts_apart(tmp_path):
     two.write_bytes(b"y")
     found = load.fingerprint([one, two], "torch 2")
     assert found == load.fingerprint([two, one], "torch 2")
-    others = [load.fingerprint([one, two], "torch 3"), loading.fingerprint([one], "torch 2")]
+    others = [load.fingerprint([one, two], "torch 3"), load.fingerprint([one], "torch 2")]
     two.write_bytes(b"z")
     others.append(load.fingerprint([one, two], "torch 2"))
     two.rename(tmp_path / "c")
