@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,8 @@ from transformers import PreTrainedModel
 from quantforge import checkpoint, exporters, pipeline, recipe, resources
 from quantforge import plan as planning
 from quantforge.calibrate import corpus
-from quantforge.errors import DataError, PlanError, RecipeError, clean, pick
+from quantforge.distill import generate, kept
+from quantforge.errors import DataError, PlanError, RecipeError, ResourceError, clean, pick
 from quantforge.evaluation import decoding, perplexity, rolling, significance, zeroshot
 from quantforge.evaluation import reference as references
 from quantforge.evaluation.divergence import Divergence
@@ -71,7 +74,8 @@ def quantize(
                  None keeps the method's own
     weights      a notation of `quantforge formats`, "e4m3-channel", "mxfp4"; None keeps the method's own
     inputs       how layers round their inputs when they are called: "int8-token", "int8-tensor-static", "e4m3-token"
-    calibration  a set's name, a .txt or .jsonl file, or token ids [windows, seq_len]
+    calibration  a set's name, a .txt or .jsonl file, token ids [windows, seq_len], or "self": what the float model
+                 itself writes, by `seed`
     samples      windows of `seq_len` tokens to calibrate on, the first ones, or drawn with `seed` if `shuffle`
     device       "cpu" or "cuda"
     settings     {"solver.damp_percent": 0.05}
@@ -109,7 +113,10 @@ def quantize(
         if target is not None:
             planning.check_export(plan, exporters.choose(plan))
         if plan.needs:
-            ids, provenance = draw(tokenizer=tokenizer, config=model.config, seq_len=seq_len, count=samples)
+            writer = Writer(lambda: model, lambda: "")
+            ids, provenance = draw(
+                tokenizer=tokenizer, config=model.config, seq_len=seq_len, count=samples, writer=writer
+            )
         check.check_finite(model)
         name, built = type(model).__name__, model
     else:
@@ -118,9 +125,12 @@ def quantize(
             prepare(source, chosen, target, overwrite=overwrite, export=target is not None), source.notes
         )
         tokenizer = tokenizer or loading.tokenizer(source)
+        writer = writer_of(source, device)
         if plan.needs:
-            ids, provenance = draw(tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=samples)
-        name, built = source.name, loading.model(source, device)
+            ids, provenance = draw(
+                tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=samples, writer=writer
+            )
+        name, built = source.name, writer.build()
     result = run(built, plan, ids, tokenizer=tokenizer, source=name, calibration=provenance)
     if target is not None:
         result.save(target, overwrite=overwrite)
@@ -170,6 +180,24 @@ def run(
     return Result(model, plan, tuple(layers), tokenizer, source, calibration, seconds, memory.bytes)
 
 
+@dataclass(frozen=True)
+class Writer:
+    """A float model that may be asked for calibration text of its own.
+
+    build        loads it, or gives it where that is done
+    fingerprint  tells it, and what computes with it; "" for a model in memory, whose text is not kept
+    """
+
+    build: Callable[[], nn.Module]
+    fingerprint: Callable[[], str]
+
+
+def writer_of(source: loading.Source, device: str) -> Writer:
+    """Return the float model of `source` as a writer; it is loaded once, when it is first asked for."""
+    build = functools.cache(functools.partial(loading.model, source, device))
+    return Writer(build, functools.partial(source.fingerprint, device))
+
+
 def token_ids(
     text: str | Path | Tensor,
     part: Literal["calibration", "evaluation"],
@@ -180,10 +208,11 @@ def token_ids(
     count: int | None,
     shuffle: bool = False,
     seed: int = 0,
+    writer: Writer | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return token ids [count, seq_len] that the model of `config` can read, and where they came from.
 
-    text  a set's name, a file, or the ids themselves
+    text    a set's name, a file, the ids themselves, or for calibration "self", which `writer` writes by `seed`
     Raises DataError for what is no text or no ids, PlanError for windows that are too long, ModelError for ids beyond
     the embedding.
     """
@@ -195,6 +224,11 @@ def token_ids(
         check_length(config, text.shape[1])
         _check_padding(config, text)
         ids, provenance = text, {"name": "token ids", "seq_len": text.shape[1], "count": text.shape[0]}
+    elif text == corpus.SELF and part == "calibration":
+        check_length(config, seq_len)
+        if writer is None or count is None:
+            raise DataError(477, "text that the model itself writes needs the model, and the number of windows.")
+        ids, provenance = own_text(writer, tokenizer=tokenizer, config=config, seq_len=seq_len, count=count, seed=seed)
     elif tokenizer is None:
         raise DataError(442, f"text {str(text)!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
     else:
@@ -202,6 +236,49 @@ def token_ids(
         found = corpus.windows(corpus.load_text(str(text), part), tokenizer, seq_len, count, shuffle=shuffle, seed=seed)
         ids, provenance = found.ids, found.provenance
     check.check_ids(ids, tokenizer, config)
+    return ids, provenance
+
+
+def own_text(
+    writer: Writer, *, tokenizer: Any, config: Any, seq_len: int, count: int, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return ids [count, seq_len] of text that a float model writes by itself, and how to have them again.
+
+    They are kept, so that each is written once. Raises RecipeError for sizes below 1, ModelError for a damaged model.
+    """
+    tokens = generate.tokens_of(tokenizer, config)
+    mark = writer.fingerprint()
+    facts = {
+        "kind": "own text, by starts at random",
+        "model": mark,
+        "tokenizer": sha256(repr(tokens).encode()).hexdigest(),
+        "number of tokens": f"{count} x {seq_len}",
+        "seed": str(seed),
+    }
+    folder = resources.cache_dir() if mark else None
+    path = None if folder is None else folder / kept.name_of(facts)
+    ids = None
+    if path is not None and path.exists():
+        with contextlib.suppress(DataError):
+            ids = kept.read(path, facts)["ids"]
+    if ids is None:
+        model = writer.build()
+        check.check_finite(model)
+        ids = generate.self_text(model, tokens, count, seq_len, seed=seed)
+        if path is not None:
+            with contextlib.suppress(ResourceError):
+                kept.write(path, {"ids": ids}, facts)
+    provenance = {
+        "name": corpus.SELF,
+        "part": "calibration",
+        "source": "text that the float model itself wrote, from tokens drawn by the seed",
+        "ids_sha256": references.digest(ids),
+        "tokens": ids.numel(),
+        "seq_len": seq_len,
+        "count": count,
+        "shuffle": False,
+        "seed": seed,
+    }
     return ids, provenance
 
 

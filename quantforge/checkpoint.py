@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantforge import registry
-from quantforge.errors import ModelError, clean
+from quantforge import exporters, registry
+from quantforge import plan as planning
+from quantforge.errors import ModelError, RecipeError, clean
 from quantforge.exporters import native, peft
-from quantforge.models import activations, check, load, moe
+from quantforge.models import activations, arch, check, load, moe
 from quantforge.models.folder import MAX_CONFIG, contained
 from quantforge.models.headers import MAX_HEADER, read_json
+from quantforge.numerics.formats import Format, parse
 from quantforge.numerics.problem import QWeight
+from quantforge.numerics.residuals import LowRank
 from quantforge.protocols import Exporter
+from quantforge.recipe import Recipe
+from quantforge.result import Result
+from quantforge.solvers.rtn import RTN
+from quantforge.solvers.spare import Spare
+from quantforge.solving import Layer
 from quantforge.store import MARK
 
 # what a config that was changed by hand can make a reader raise
 _DAMAGE = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, re.error)
+_KINDS = ("transform", "tuner", "correction")
+_KEEPS_FLOATS = Spare(pick="weight")
 _FLOATS = (*load.DTYPES.values(), torch.float64)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in load.DTYPES.values()}
 
@@ -173,6 +184,13 @@ def read(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: b
     The same numbers as stock transformers computes from the folder, in the same dtype. Raises ModelError for a damaged
     or foreign checkpoint, and for one whose numbers `dtype` cannot hold.
     """
+    return _read(folder, dtype, trust_remote_code)[0]
+
+
+def _read(
+    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[nn.Module, dict[str, QWeight], torch.dtype, Exporter]:
+    """Return a checkpoint's model in `dtype`, its quantized layers by name, its own dtype and what wrote it."""
     found, quantization, settings = _settings(folder, trust_remote_code)
     config = found.config
     tensors = moe.as_in_model(config.get("model_type"), load.read_tensors(found))
@@ -203,4 +221,119 @@ def read(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: b
     moe.unfuse(model)
     _gate(folder, model, layers)
     result: nn.Module = model.eval()
-    return result
+    return result, layers, own, _exporter(quantization)
+
+
+def open_result(folder: str | Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Result:
+    """Return a checkpoint that quantforge wrote as the result that it was saved from, to be trained and saved again.
+
+    dtype  in which its model computes
+
+    Its record says again what the checkpoint's does: method, calibration, losses, seconds. Saved unchanged it gives the
+    same tensors. What the record does not keep is left out: seconds of single layers, and of recipes with overrides
+    the parts of these. Raises ModelError for what `read` does, for a checkpoint of others and for a record that does
+    not fit its layers.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    model, weights, own, exporter = _read(folder, dtype, trust_remote_code)
+    tokenizer = load.read_tokenizer(folder, trust_remote_code=trust_remote_code) if _has_tokenizer(folder) else None
+    if getattr(model.config, "model_type", "") in moe.NAMES and hasattr(model, "_weight_conversions"):
+        del model._weight_conversions  # its tensors were read under other names than the files', which saving restores
+    try:
+        rows = {row["name"]: row for row in record["layers"]}
+        plan = _written_by(exporter, _plan(model, record, weights, own))
+        if set(rows) != set(weights) or set(plan.layers) != set(weights):
+            raise ValueError("they are not those of the checkpoint")
+        each = record["seconds"] / max(len(rows), 1)
+        layers = tuple(_layer(rows[name], weights[name], each) for name in plan.layers)
+        return Result(
+            model,
+            plan,
+            layers,
+            tokenizer,
+            str(record["source"]),
+            dict(record["calibration"]),
+            float(record["seconds"]),
+            record["peak_memory"],
+        )
+    except (*_DAMAGE, SyntaxError, RecipeError) as error:
+        raise ModelError(355, f"{folder / MARK} lacks what it should say of the layers ({error}).") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+
+
+def _layer(row: dict[str, Any], weight: QWeight, seconds: float) -> Layer:
+    """Return what the record says of one layer."""
+    own = ("name", "shape", "format", "inputs", "bits_per_weight", "loss", "relative_loss", "tokens")
+    loss, relative = (math.nan if row[key] is None else float(row[key]) for key in ("loss", "relative_loss"))
+    notes = {key: value for key, value in row.items() if key not in own}
+    return Layer(row["name"], replace(weight, notes=notes), loss, relative, int(row["tokens"]), seconds)
+
+
+def _plan(model: nn.Module, record: dict[str, Any], weights: dict[str, QWeight], dtype: torch.dtype) -> planning.Plan:
+    """Return the plan of a checkpoint: the record's recipe, and of each layer what was read."""
+    solver = _part("solver", record["solver"])
+    parts = {f"{kind}s": tuple(_part(kind, text) for text in record[f"{kind}s"]) for kind in _KINDS}
+    inputs = [w.inputs.inputs for w in weights.values() if w.inputs]
+    formats = [w.base.format for w in weights.values()]
+    chosen = Recipe(
+        str(record["method"]),
+        "",
+        str(record["paper"]),
+        _format(record["format"], formats),
+        solver,
+        inputs=next((i for i in inputs if str(i) == record["inputs"]), None),
+        **parts,
+    )
+    names = {name for stage in arch.find_stages(model)[0] for name in stage.names}
+    bare = Recipe("rtn", "", "", formats[0], RTN(), skip=tuple(sorted(names - set(weights))))
+    laid = planning.make(model, bare, dtype)  # of which what it says of the model is kept
+    layers = {}
+    for name, p in laid.layers.items():
+        w = weights[name]
+        layers[name] = replace(
+            p,
+            format=w.base.format,
+            solver=solver,
+            corrections=chosen.corrections if any(isinstance(r, LowRank) for r in w.residuals) else (),
+            inputs=w.inputs.inputs if w.inputs else None,
+        )
+    return replace(laid, recipe=chosen, layers=layers, notes=tuple(map(str, record["notes"])))
+
+
+def _written_by(exporter: Exporter, plan: planning.Plan) -> planning.Plan:
+    """Return `plan` such that it is written again in quantforge's own container if `exporter` is that.
+
+    The solver of an override may keep floats beside the codes, which no other container holds; records do not name it.
+    """
+    if not isinstance(exporter, native.Native) or isinstance(exporters.choose(plan), native.Native):
+        return plan
+    first = next(iter(plan.layers.values()))
+    return replace(plan, layers={**plan.layers, first.name: replace(first, solver=_KEEPS_FLOATS)})
+
+
+def _format(text: str, found: list[Format]) -> Format:
+    """Return the format of a recipe: that of a layer, or, where solvers extend it, what its notation says."""
+    return next((f for f in found if str(f) == text), None) or parse(text)
+
+
+def _part(kind: str, text: str) -> Any:
+    """Return the plug-in whose `repr` the record holds; ValueError if it is none that is known here."""
+    call = ast.parse(text, mode="eval").body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise ValueError(f"{text!r} is no {kind}")
+    cls = next((c for n in registry.names(kind) if (c := registry.find(kind, n)).__name__ == call.func.id), None)
+    if cls is None:
+        raise ValueError(f"{call.func.id} is no {kind} of this version")
+    options = {str(k.arg): _literal(k.value) for k in call.keywords}
+    hints = get_type_hints(cls)
+    for key, value in options.items():
+        registry.coerce(f"{kind}.{key}", value, hints[key])
+    return cls(**options)
+
+
+def _literal(node: ast.expr) -> Any:
+    return float(node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)  # inf and nan are names

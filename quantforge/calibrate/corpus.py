@@ -25,6 +25,7 @@ from quantforge.resources import build, definitions, read_mapping
 
 Part = Literal["calibration", "evaluation"]
 SOURCES: dict[str, type[PythonDocs] | type[HubText]] = {"python": PythonDocs, "hub": HubText}
+SELF = "self"  # in place of a calibration text: what the model itself writes
 _FOLDERS = {"calibration": "calib", "evaluation": "eval"}
 _SUFFIXES = (".txt", ".jsonl")
 MAX_BYTES = 2**30  # of a file: its text and its tokens are held in memory as a whole
@@ -80,7 +81,12 @@ def set_names() -> list[str]:
 
 
 def check_name(name: str, part: Part) -> None:
-    """Raise DataError unless `name` is a set that has `part`, or a file that can be text; nothing is read."""
+    """Raise DataError unless `name` is a set that has `part`, or a file that can be text; nothing is read.
+
+    For calibration it may be `SELF` too.
+    """
+    if name == SELF and part == "calibration":
+        return
     if name in set_names():
         _definition(name, part)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -10,10 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from quantforge import api
+from quantforge.api import Writer
 from quantforge.calibrate import corpus, overlap
 from quantforge.calibrate.corpus import Text, Windows
 from quantforge.calibrate.overlap import Overlap
+from quantforge.distill import generate
 from quantforge.errors import DataError, RecipeError
+from quantforge.evaluation import reference
 from quantforge.models import check
 
 _LEAST = {"samples": 1, "seq_lens": 2, "seeds": 0}
@@ -59,7 +63,10 @@ class Design:
 
 @dataclass(frozen=True)
 class Pool:
-    """A calibration text that windows are drawn from; `tokens` as this model's tokenizer counts."""
+    """A calibration text that windows are drawn from; `tokens` as this model's tokenizer counts.
+
+    text_sha256  of what the model itself writes, the model's fingerprint
+    """
 
     name: str
     source: str
@@ -79,11 +86,12 @@ class Draw:
 
 
 def draw(
-    design: Design, evaluation: Tensor, told: dict[str, Any], tokenizer: Any, config: Any
+    design: Design, evaluation: Tensor, told: dict[str, Any], tokenizer: Any, config: Any, writer: Writer
 ) -> list[tuple[Pool, list[Draw]]]:
     """Read every calibration text and draw the windows of every run, a text and its draws at a time.
 
     evaluation  token ids [windows, seq_len]; told: their provenance
+    writer      the float model, which writes the text called "self" by each seed
     With the same seed and length the windows of fewer samples are the first of those of more. Raises DataError for a
     text that is too short, or given under two names; PlanError for windows that the model has no positions for.
     """
@@ -91,6 +99,9 @@ def draw(
         api.check_length(config, length)
     found: list[tuple[Pool, list[Draw]]] = []
     for name in design.data:
+        if name == corpus.SELF:
+            found.append(_own(design, evaluation, tokenizer, config, writer))
+            continue
         text = corpus.load_text(name, "calibration")
         for other, _ in found:
             if other.text_sha256 == text.sha256:
@@ -107,6 +118,24 @@ def draw(
             draws.append(Draw(cell, seed, windows.ids, windows.provenance["ids_sha256"], shared))
         found.append((Pool(name, text.source, text.sha256, len(encoded["input_ids"])), draws))
     return found
+
+
+def _own(design: Design, evaluation: Tensor, tokenizer: Any, config: Any, writer: Writer) -> tuple[Pool, list[Draw]]:
+    """Return the windows that the model writes itself: of a seed and a length the most, of which others are the first.
+
+    The pool counts as long as one text of the model's positions from each token that may begin one.
+    """
+    tokens = generate.tokens_of(tokenizer, config)
+    own = functools.partial(api.own_text, writer, tokenizer=tokenizer, config=config, count=max(design.samples))
+    texts = {(n, seed): own(seq_len=n, seed=seed) for n, seed in product(design.seq_lens, design.seeds)}
+    draws = []
+    for cell, seed in product((cell for cell in design.cells if cell.data == corpus.SELF), design.seeds):
+        whole, said = texts[cell.seq_len, seed]
+        ids = whole[: cell.samples]
+        draws.append(Draw(cell, seed, ids, reference.digest(ids), overlap.measure(ids, evaluation)))
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or max(design.seq_lens)
+    mark = writer.fingerprint()
+    return Pool(corpus.SELF, said["source"], mark, len(tokens.starts) * longest), draws
 
 
 def _windows(text: Text, encoded: Any, cell: Cell, seed: int) -> Windows:

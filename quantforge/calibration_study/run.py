@@ -60,7 +60,7 @@ def calibration_study(
 ) -> Study:
     """Quantize one model by one method on every set × samples × length, drawn with every seed, and score each result.
 
-    calibrations  sets or files; each run draws its windows at random, by its seed
+    calibrations  sets or files; each run draws its windows at random, by its seed. "self" is written by the float model
     samples       windows of a run; seq_lens: their length in tokens
     data          evaluation text, of which the first `windows` (None: all) of `eval_seq_len` tokens are scored
     out           a folder for calibration-study.json, .md and .html; the first is written after every run
@@ -94,7 +94,8 @@ def calibration_study(
     ids, evaluation = api.token_ids(
         data, "evaluation", tokenizer=tokenizer, config=source.config, seq_len=eval_seq_len, count=windows
     )
-    pools = draw(design, ids, evaluation, tokenizer, source.config)
+    writer = api.writer_of(source, device)
+    pools = draw(design, ids, evaluation, tokenizer, source.config, writer)
     draws = [each for _, own in pools for each in own]
     for line in overlap.warnings(((each.cell.data, each.overlap) for each in draws), evaluation["name"]):
         warn(line)
@@ -121,8 +122,7 @@ def calibration_study(
         study = _taken_over(study, folder, draws)
     done = {(run.cell, run.seed) for run in study.runs}
     if any((each.cell, each.seed) not in done for each in draws):
-        built = loading.model(source, device)
-        study = _measured(study, draws, built, plan, ids, tokenizer, folder)
+        study = _measured(study, draws, writer.build(), plan, ids, tokenizer, folder)
     if folder is not None:
         pages.write(study, folder)
     return study

@@ -14,7 +14,19 @@ from typing import Any
 import click
 
 from quantforge import __version__
-from quantforge.cli import calibration_study, compare, evaluate, papers, quantize, report, sensitivity, show
+from quantforge.cli import (
+    calibration_study,
+    compare,
+    distill,
+    evaluate,
+    papers,
+    qat,
+    qlora,
+    quantize,
+    report,
+    sensitivity,
+    show,
+)
 from quantforge.cli.options import print_result
 from quantforge.errors import QuantForgeError, RecipeError
 
@@ -67,3 +79,5 @@ main.add_command(sensitivity.sensitivity)
 main.add_command(calibration_study.calibration_study)
 main.add_command(papers.papers)
 main.add_command(report.report)
+for training in (distill.distill, qat.qat, qlora.qlora):
+    main.add_command(training)

@@ -27,7 +27,11 @@ from quantforge.errors import RecipeError
 @click.option("--bits", type=int, metavar="2..8", help="Bits of a code; default: the method's.")
 @weight_format
 @click.option(
-    "--calib", default="python-docs", show_default=True, metavar="SET|FILE,…", help="Calibration texts to compare."
+    "--calib",
+    default="python-docs",
+    show_default=True,
+    metavar="SET|FILE|self,…",
+    help="Calibration texts to compare; self: what the float model itself writes.",
 )
 @click.option("--samples", default="16,64", show_default=True, metavar="N,…", help="Numbers of windows to compare.")
 @click.option("--seq-lens", default="256,512", show_default=True, metavar="N,…", help="Tokens of a window to compare.")

@@ -40,12 +40,18 @@ def calibration(command: Command) -> Command:
             default=0,
             show_default=True,
             type=click.IntRange(0, 2**63 - 1),
-            help="Seed of --shuffle and --shots.",
+            help="Seed of --shuffle, --shots and --calib self.",
         ),
         click.option("--shuffle", is_flag=True, help="Draw the windows instead of taking the first ones."),
         click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window."),
         click.option("--samples", default=64, show_default=True, type=click.IntRange(1), help="Calibration windows."),
-        click.option("--calib", default="python-docs", show_default=True, metavar="SET|FILE", help="Calibration text."),
+        click.option(
+            "--calib",
+            default="python-docs",
+            show_default=True,
+            metavar="SET|FILE|self",
+            help="Calibration text; self: what the float model itself writes.",
+        ),
     ):
         command = option(command)
     return command

@@ -195,8 +195,9 @@ def prepare(request: Request, out: Path | None = None, *, resume: bool = False) 
     tokenizer = loading.tokenizer(source)
     tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=request.seq_len)
     calib, calib_from = tokens(
-        request.calibration, "calibration", count=request.samples, shuffle=request.shuffle, seed=request.seed
-    )
+        request.calibration, "calibration", count=request.samples, shuffle=request.shuffle, seed=request.seed,
+        writer=api.writer_of(source, request.device),
+    )  # fmt: skip
     ids, data_from = tokens(request.data, "evaluation", count=request.windows)
     size = _text_bytes(ids, tokenizer)
     data_from = data_from | {"text_bytes": size}

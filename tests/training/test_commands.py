@@ -1,0 +1,222 @@
+"""`quantforge distill`, `qat` and `qlora`, end to end on a trained tiny model: what comes out is better, and loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import quantforge
+from quantforge import checkpoint, cli
+from quantforge.models import load, tiny
+from quantforge.training import results
+
+TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
+FEW = ("--samples", 32, "--seq-len", 48, "--windows", 4, "--steps", 12, "--batch-size", 4)
+
+
+def run(*args: object) -> Result:
+    """Run the command line in this process; an exception that is no clean exit is raised."""
+    result = CliRunner().invoke(cli.main, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def record(out: Path) -> results.Training:
+    return results.from_json((out / "training.json").read_text(encoding="utf-8"))
+
+
+def perplexity(model: object) -> float:
+    return quantforge.evaluate(model, data="python-docs", windows=4).perplexity
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory) -> Path:
+    """Return a checkpoint at 2 bits, which has forgotten much."""
+    out = tmp_path_factory.mktemp("quantized") / "two"
+    quantforge.quantize(TINY, "rtn", bits=2, group_size=32, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, rounded) -> Path:
+    """Return the folder of a run that trains it."""
+    out = tmp_path_factory.mktemp("runs") / "distilled"
+    done = run("distill", rounded, "--teacher", TINY, *FEW, "--lr", 0.01, "--texts", 2, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "of what was lost is back" in done.stdout
+    return out
+
+
+def test_a_checkpoint_is_trained_to_a_better_one_of_its_format(rounded, distilled):
+    made = record(distilled)
+    assert made.recovered > 0.1
+    assert set(made.trained) == {"scales", "norms"}
+    before, after = (perplexity(str(folder)) for folder in (rounded, distilled / "checkpoint"))
+    assert after == pytest.approx(made.after.perplexity, rel=1e-5)
+    assert before == pytest.approx(made.before.perplexity, rel=1e-5)
+    assert perplexity(str(TINY)) == pytest.approx(made.level.perplexity, rel=1e-5)
+    old, new = (checkpoint.open_result(folder) for folder in (rounded, distilled / "checkpoint"))
+    for one, other in zip(old.layers, new.layers, strict=True):
+        assert torch.equal(one.weight.base.codes, other.weight.base.codes)
+        assert str(one.weight.base.format) == str(other.weight.base.format)
+    assert {p.name for p in (rounded).iterdir()} == {p.name for p in (distilled / "checkpoint").iterdir()}
+
+
+def test_a_run_is_reported(distilled):
+    made = record(distilled)
+    assert len(made.steps) == 12
+    assert made.tokens == 12 * 4 * 48
+    assert made.texts.prompts == 2
+    assert made.texts.excess > -1
+    assert "Loss by tokens" in (distilled / "training.html").read_text(encoding="utf-8")
+
+
+def test_stopping_and_resuming_gives_the_same_run(rounded, distilled, tmp_path):
+    args = ["distill", rounded, "--teacher", TINY, *FEW, "--lr", 0.01, "--schedule", "constant", "--texts", 2]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(*args, "--out", whole)
+    run(*args, "--steps", 5, "--out", parts)
+    assert record(parts).tokens == 5 * 4 * 48
+    assert "--resume" not in record(whole).command
+    run(*args, "--out", parts, "--resume")
+    assert [s.loss for s in record(parts).steps] == [s.loss for s in record(whole).steps]
+    assert record(parts).after == record(whole).after
+    refused = run(*args, "--out", parts, "--resume", "--lr", 0.02)
+    assert refused.exit_code == 2
+    assert "lr" in refused.stderr
+    assert "0.02" in refused.stderr
+    again = run(*args, "--out", parts)
+    assert again.exit_code == 2
+    assert len(again.stderr.strip().splitlines()) == 1
+
+
+def test_a_student_is_quantized_on_the_fly(tmp_path):
+    out = tmp_path / "run"
+    done = run("distill", TINY, "--teacher", TINY, "--method", "gptq", "--bits", 2, "--group-size", 32,
+               "--calib-samples", 4, "--train", "scales,zero-points,norms", *FEW, "--lr", 0.01, "--targets", "kept",
+               "--out", out, "--json")  # fmt: skip
+    made = results.from_json(done.stdout)
+    assert made.method.startswith("gptq-int2-g32")
+    assert made.after.loss < made.before.loss
+    assert (out / "teacher.safetensors").stat().st_size < 300 * 32 * 48 + 4096
+
+
+def test_a_student_is_cut_from_its_teacher_and_saved_as_an_ordinary_model(tmp_path):
+    out = tmp_path / "run"
+    done = run("distill", TINY, "--teacher", TINY, "--blocks", 1, "--loss", "jsd", *FEW, "--lr", 0.003, "--out", out)
+    assert done.exit_code == 0, done.output
+    made = record(out)
+    assert made.after.loss < made.before.loss
+    assert load.find(str(out / "checkpoint")).config.num_hidden_layers == 1
+    assert perplexity(str(out / "checkpoint")) == pytest.approx(made.after.perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["rkl", "skew-kl", "gkd", "minillm", "ce"])
+def test_every_loss_runs(loss, rounded, tmp_path):
+    done = run("distill", rounded, "--teacher", TINY, "--loss", loss, *FEW, "--steps", 2, "--prompt", 24, "--lr", 0.002,
+               "--out", tmp_path / "run")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert record(tmp_path / "run").aim["loss"] == loss
+
+
+def test_qat_on_text_of_its_own_saves_a_checkpoint_that_rounds_inputs(tmp_path):
+    out = tmp_path / "run"
+    done = run("qat", TINY, "--weights", "int3-channel-sym", "--data", "self", *FEW, "--lr", 0.001, "--out", out)
+    assert done.exit_code == 0, done.output
+    made = record(out)
+    assert made.data["name"] == "self"
+    assert made.after.loss < made.before.loss
+    assert all("int8" in str(layer.weight.inputs.inputs) for layer in checkpoint.open_result(out / "checkpoint").layers)
+
+
+def test_qlora_saves_adapters_that_peft_loads(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, out = tmp_path / "base", tmp_path / "run"
+    quantforge.quantize(TINY, "nf4", out=base)
+    before = {p.name: p.read_bytes() for p in base.iterdir()}
+    done = run("qlora", base, "--rank", 4, "--teacher", TINY, *FEW, "--lr", 0.002, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert {p.name: p.read_bytes() for p in base.iterdir()} == before
+    made = record(out)
+    assert made.after.loss < made.before.loss
+    model = peft.PeftModel.from_pretrained(checkpoint.read(base, torch.float32), out / "checkpoint")
+    tokenizer = load.read_tokenizer(TINY)
+    found = quantforge.evaluate(model, data="python-docs", windows=4, tokenizer=tokenizer).perplexity
+    assert found == pytest.approx(made.after.perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize("command", ["distill", "qat", "qlora"])
+def test_a_dry_run_counts_and_leaves_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extra = ["--teacher", TINY, "--method", "rtn"] if command == "distill" else []
+    done = run(command, TINY, *extra, *FEW, "--dry-run", "--json", *(["--rank", 4] if command == "qlora" else []))
+    found = json.loads(done.stdout)
+    assert found["tokens"] == 12 * 4 * 48
+    assert found["gradients"] == 4 * found["trained"] > 0
+    assert found["activations"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_what_is_trained(rounded, distilled):
+    counted = json.loads(run("distill", TINY, "--teacher", TINY, "--method", "rtn", "--bits", 2, "--group-size", 32,
+                             *FEW, "--dry-run", "--json").stdout)  # fmt: skip
+    assert counted["trained"] == sum(record(distilled).trained.values())
+    opened = json.loads(run("distill", rounded, "--teacher", TINY, *FEW, "--dry-run", "--json").stdout)
+    assert opened["trained"] == counted["trained"]
+
+
+@pytest.fixture
+def other(tmp_path) -> Path:
+    """Return a model whose tokenizer has a token more."""
+    folder = tmp_path / "other"
+    shutil.copytree(TINY, folder)
+    tokenizer = load.read_tokenizer(folder)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folder)
+    vocab = len(tokenizer.get_vocab())
+    model = tiny.make("llama", vocab_size=vocab)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(other, tmp_path):
+    done = run("distill", TINY, "--teacher", other, *FEW, "--out", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "another tokenizer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--loss", "klx"), "fkl"),
+        (("--loss", "gkd", "--lambda", 1.5), "lambda"),
+        (("--loss", "jsd", "--beta", 2), "beta"),
+        (("--loss", "gkd", "--prompt", 48), "prompt"),
+        (("--train", "scale"), "quantized student"),
+        (("--bits", 3), "--method"),
+        (("--blocks", 99), "99"),
+        (("--optimizer", "adam"), "adamw"),
+        (("--data", "self", "--loss", "ce"), "--samples"),
+        (("--warmup", 99), "warmup"),
+        (("--targets", "kept", "--loss", "gkd"), "live"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(args, says, tmp_path):
+    few = [a for a in FEW if a not in ("--samples", 32)] if "self" in args else FEW
+    done = run("distill", TINY, "--teacher", TINY, *few, *args, "--out", tmp_path / "run")
+    assert done.exit_code == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert says in done.stderr
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_more_rank_than_width_is_refused(tmp_path):
+    done = run("qlora", TINY, "--rank", 4096, *FEW, "--out", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "rank 4096" in done.stderr
