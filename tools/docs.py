@@ -66,7 +66,13 @@ def table(heads: list[str], rows: list[list[str]], right: int = 0) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, marks, *rows])
 
 
-HAND = ("calibration-study.md", "evaluation.md", "papers.md", "sensitivity.md")  # pages that are written, not made
+HAND = (
+    "calibration-study.md",
+    "distillation.md",
+    "evaluation.md",
+    "papers.md",
+    "sensitivity.md",
+)  # pages that are written, not made
 
 
 def index_page() -> str:
@@ -88,7 +94,7 @@ What `--weights`, `--inputs` and `--kv` can be: [weights, inputs and caches](inp
 Where GPTQ comes from, on a layer small enough to check by hand: [OBD, OBS and OBQ](obd-obs-obq.md).
 
 How results are measured: [tasks and perplexity](evaluation.md), [sensitivity](sensitivity.md), [what calibration
-text does](calibration-study.md), [the papers' figures](papers.md).
+text does](calibration-study.md), [the papers' figures](papers.md). Training a quantized model back: [students](distillation.md).
 
 The pages of methods are made by `make docs` from the code and the committed reports.
 """

@@ -4,8 +4,8 @@ A step of Adam reads and writes the states of each parameter once, one after the
 of one. What has been worked on is given back to the kernel, which keeps it in its file cache as long as nothing else
 needs the memory, and writes it to the disk otherwise. So the process's peak is that of its weights, gradients and
 activations and of the largest parameter's states. (QLoRA, arXiv:2305.14314, pages between a GPU and main memory to the
-same end.) Writing a checkpoint reads all of them, but the kernel may take back what has been read at any time; resuming reads
-them into memory once. Where the folder lies in memory, as /tmp may, nothing is gained.
+same end.) Writing a checkpoint reads all of them, but the kernel may take back what has been read at any time; resuming
+reads them into memory once. Where the folder lies in memory, as /tmp may, nothing is gained.
 
 The files lose their names as soon as they are made, so nothing is left of them, however the process ends.
 """

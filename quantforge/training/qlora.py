@@ -67,9 +67,10 @@ def open_student(result: Result, adapters: Adapters, floats: nn.Module | None = 
     floats  the float model, for the start "lorc"; None where the result's own low-rank factors are to be the start:
             then they are no part of the base, which is that of `without_factors`
 
-    Only adapters have `requires_grad`. With `checkpointing` the model is left in training mode, without which
-    transformers keeps all activations. The result's own codes stay in memory as long as the result does; nothing of
-    the model refers to them where codes have at most 4 bits. Raises PlanError for a rank above a layer's width.
+    Only adapters have `requires_grad`. With `checkpointing` or `dropout` the model is left in training mode, without
+    which neither has an effect; else in evaluation mode. The result's own codes stay in memory as long as the result
+    does; the model has copies, two a byte, where they have at most 4 bits. Raises PlanError for a rank above a layer's
+    width.
     """
     _check(result, adapters, floats)
     starts = _starts(result, adapters, floats) if adapters.start == "lorc" else {}
@@ -95,7 +96,7 @@ def open_student(result: Result, adapters: Adapters, floats: nn.Module | None = 
         _start(model.get_submodule(name), a, b)
     if adapters.checkpointing:
         _checkpointing(model, on=True)
-        student.train()
+    student.train(adapters.checkpointing or adapters.dropout > 0)
     return student
 
 

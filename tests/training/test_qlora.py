@@ -127,17 +127,13 @@ def test_gradients_of_the_whole_model_are_those_of_stock_peft_on_the_float_model
     student = open_student(result, Adapters(rank=8))
     train(student)
     save(student, tmp_path / "adapter")
-    loss(student).backward()
     floats = copy.deepcopy(_quantized("nf4", "llama").model)
     stock = peft.PeftModel.from_pretrained(floats, tmp_path / "adapter", is_trainable=True)
     loss(stock).backward()
     theirs = adapters(stock)
     assert set(theirs) == set(adapters(student))
-    optimum = {name: p.grad for name, p in adapters(student).items()}
-    loss(student)  # gradients of the last step were added to
     student.zero_grad()
     loss(student).backward()
-    assert all(g is not None for g in optimum.values())
     for name, p in adapters(student).items():
         assert torch.allclose(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-6), name
 
@@ -187,26 +183,27 @@ def test_the_base_is_held_in_half_a_byte_a_weight_and_its_scales():
 def test_one_weight_at_a_time_exists_during_a_step(monkeypatch):
     """What a pass keeps for the backward pass is none of the weights made in it."""
     student = open_student(quantized(), Adapters(rank=4))
-    made: list[int] = []
+    made: list[Tensor] = []
     own = CodedLinear.computed
 
     def noted(self, trained):
-        weight = own(self, trained)
-        made.append(weight.data_ptr())
-        return weight
+        made.append(own(self, trained))  # which keeps its place in memory from being used again
+        return made[-1]
 
     monkeypatch.setattr(CodedLinear, "computed", noted)
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+
+    def note(t: Tensor) -> Tensor:
+        kept.append(t.untyped_storage().data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         found = loss(student)
-    shapes = {layer.in_features * layer.out_features for layer in computed_layers(student).values()}
-    count = len(made)
-    assert count == len(computed_layers(student))
-    tokens = IDS.numel()
-    activations = {tokens * n for n in (64, 128, 4 * 16, 2 * 16)}
-    assert not [n for n in kept if n in shapes - activations]
+    assert len(made) == len(computed_layers(student))
+    assert not {w.untyped_storage().data_ptr() for w in made} & set(kept)
+    assert student.get_output_embeddings().weight.data_ptr() in kept
     found.backward()
-    assert len(made) >= 2 * count - 3  # the first layers' inputs may need no gradient
+    assert len(made) == 2 * len(computed_layers(student)) - 3  # embeddings, the first layers' inputs, get no gradient
 
 
 def test_the_start_from_the_bases_error_lowers_it():
@@ -310,8 +307,8 @@ def test_options_out_of_range_are_refused(change, number):
 
 
 def test_what_cannot_have_adapters_or_a_start_is_refused():
+    result = quantforge.quantize(tiny.make("gpt2"), "rtn", weights="int4-g32-asym")
     with pytest.raises(PlanError, match=r"QF-295.*Conv1D"):
-        result = quantforge.quantize(tiny.make("gpt2"), "rtn", weights="int4-g32-asym")
         open_student(result, Adapters(rank=4))
     with pytest.raises(PlanError, match=r"QF-295.*lorc needs the float model"):
         open_student(quantized(), Adapters(rank=4, start="lorc"))
