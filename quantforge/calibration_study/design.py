@@ -86,12 +86,12 @@ class Draw:
 
 
 def draw(
-    design: Design, evaluation: Tensor, told: dict[str, Any], tokenizer: Any, config: Any, writer: Writer
+    design: Design, evaluation: Tensor, told: dict[str, Any], tokenizer: Any, config: Any, writer: Writer | None = None
 ) -> list[tuple[Pool, list[Draw]]]:
     """Read every calibration text and draw the windows of every run, a text and its draws at a time.
 
     evaluation  token ids [windows, seq_len]; told: their provenance
-    writer      the float model, which writes the text called "self" by each seed
+    writer      the float model, needed where a text is called "self": it writes that by each seed
     With the same seed and length the windows of fewer samples are the first of those of more. Raises DataError for a
     text that is too short, or given under two names; PlanError for windows that the model has no positions for.
     """
@@ -100,6 +100,8 @@ def draw(
     found: list[tuple[Pool, list[Draw]]] = []
     for name in design.data:
         if name == corpus.SELF:
+            if writer is None:
+                raise DataError(477, "text that the model itself writes needs the model.")
             found.append(_own(design, evaluation, tokenizer, config, writer))
             continue
         text = corpus.load_text(name, "calibration")

@@ -124,7 +124,7 @@ def begin(job: Job, build: Callable[[], Student], cost: Callable[[], Cost], *, d
         return
     if job.out is None:
         raise RecipeError(213, "--out DIR is missing: where should the run be kept? (--dry-run needs none)")
-    made = run.run(build(), job)
+    made = run.run(build, job)
     if not made.after:
         return  # another process has it
     print_result(results.to_json(made) if as_json else f"{pages.to_text(made)}\n{job.out / 'training.html'}")

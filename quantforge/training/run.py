@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from quantforge import api, record
 from quantforge.calibrate import corpus
@@ -23,7 +26,7 @@ from quantforge.memory import PeakMemory
 from quantforge.models import load as loading
 from quantforge.progress import bar
 from quantforge.store import check_report_folder
-from quantforge.training import pages, results, state, steps, students, teachers, texts
+from quantforge.training import pages, processes, results, state, steps, students, teachers, texts
 from quantforge.training.cost import Cost, estimate
 from quantforge.training.loop import Curve, Prepare, Settings, StepLoss, train
 from quantforge.training.results import Scored, Step, Training
@@ -169,13 +172,14 @@ def cost(job: Job, config: Any, *, weights: int, trained: int, checkpointing: bo
     )
 
 
-def run(student: Student, job: Job) -> Training:
-    """Train `student` in place as `job` says, and return the record; with `job.out`, keep all that came of it there.
+def run(build: Callable[[], Student], job: Job) -> Training:
+    """Train the student that `build` makes as `job` says, and return the record; with `job.out`, keep what came of it.
 
     The folder then holds checkpoint, training.json, .md and .html, and state to resume from. Under `accelerate launch`
     every process calls this, and the first one writes. Raises the subclasses of QuantForgeError.
     """
     first = PartialState(cpu=job.device == "cpu").is_main_process
+    student = build()
     teacher = None if job.teacher is None else loading.model(job.teacher, job.device)
     if job.teacher is not None:
         own = loading.tokenizer(job.teacher)
@@ -195,7 +199,7 @@ def run(student: Student, job: Job) -> Training:
     loss, prepare = _step(student, job, teacher, ids)
     rates = students.rates(student.model)
     start = time.perf_counter()
-    with PeakMemory(job.device) as memory:
+    with PeakMemory(job.device, above=0) as memory:
         curve = train(
             student.model,
             ids,
@@ -207,6 +211,7 @@ def run(student: Student, job: Job) -> Training:
             facts=_facts(student, job),
             lr_of=rates.__getitem__,
         )
+    student = _whole(student, build)
     made = replace(made, steps=_points(curve), seconds=time.perf_counter() - start, peak_memory=memory.bytes)
     if not first:
         return made
@@ -220,6 +225,19 @@ def run(student: Student, job: Job) -> Training:
         _save(student, out / CHECKPOINT)
         pages.write(made, out)
     return made
+
+
+def _whole(student: Student, build: Callable[[], Student]) -> Student:
+    """Return the trained student in one piece: itself, unless its parameters were split over processes."""
+    found = processes.trained(student.model)
+    if not any(isinstance(p, DTensor) for p in found.values()):
+        return student
+    tensors = {name: processes.whole(p.detach()) for name, p in found.items()}
+    fresh = build()
+    with torch.no_grad():
+        for name, parameter in processes.trained(fresh.model).items():
+            parameter.copy_(tensors[name])
+    return fresh
 
 
 def _save(student: Student, folder: Path) -> None:

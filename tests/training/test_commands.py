@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -220,3 +224,20 @@ def test_more_rank_than_width_is_refused(tmp_path):
     done = run("qlora", TINY, "--rank", 4096, *FEW, "--out", tmp_path / "run")
     assert done.exit_code == 2
     assert "rank 4096" in done.stderr
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_two_processes_give_the_run_of_one(sharded, rounded, tmp_path):
+    args = ["distill", rounded, "--teacher", TINY, *FEW, "--steps", 3, "--lr", 0.01, "--out"]
+    run(*args, tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--main_process_port", str(port), "-m", "quantforge"]  # fmt: skip
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": sharded, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *map(str, args), str(tmp_path / "two")], env=env, check=True, capture_output=True)
+    one, two = (record(tmp_path / name) for name in ("one", "two"))
+    assert [s.loss for s in two.steps] == pytest.approx([s.loss for s in one.steps], abs=1e-5)
+    assert two.after.losses == pytest.approx(one.after.losses, abs=1e-5)
+    assert perplexity(str(tmp_path / "two" / "checkpoint")) == pytest.approx(one.after.perplexity, rel=1e-4)
