@@ -94,7 +94,9 @@ What `--weights`, `--inputs` and `--kv` can be: [weights, inputs and caches](inp
 Where GPTQ comes from, on a layer small enough to check by hand: [OBD, OBS and OBQ](obd-obs-obq.md).
 
 How results are measured: [tasks and perplexity](evaluation.md), [sensitivity](sensitivity.md), [what calibration
-text does](calibration-study.md), [the papers' figures](papers.md). Training a quantized model back: [students](distillation.md).
+text does](calibration-study.md), [the papers' figures](papers.md).
+
+How a quantized model is trained back to quality: [students](distillation.md).
 
 The pages of methods are made by `make docs` from the code and the committed reports.
 """

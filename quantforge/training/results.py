@@ -83,7 +83,7 @@ class Training:
     texts          what the student's own texts show after training; None if none were written
     bits_per_weight of the quantized layers; NaN for a float student
     seconds        of training, without evaluation
-    peak_memory    bytes that the process (on CUDA its tensors) held at most while it trained; None where that is unknown
+    peak_memory    bytes that the process (on CUDA its tensors) held at most while it trained; None: unknown
     """
 
     schema: str
