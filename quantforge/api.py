@@ -194,8 +194,7 @@ class Writer:
 
 def writer_of(source: loading.Source, device: str) -> Writer:
     """Return the float model of `source` as a writer; it is loaded once, when it is first asked for."""
-    build = functools.cache(functools.partial(loading.model, source, device))
-    return Writer(build, functools.partial(source.fingerprint, device))
+    return Writer(functools.cache(lambda: loading.model(source, device)), lambda: source.fingerprint(device))
 
 
 def token_ids(
