@@ -13,6 +13,7 @@ from quantforge.evaluation import perplexity
 from quantforge.models import load
 from quantforge.numerics.formats import parse
 from quantforge.numerics.problem import Problem
+from quantforge.result import Result
 from quantforge.solvers.gptq import GPTQ
 
 pytestmark = pytest.mark.bench
@@ -156,6 +157,38 @@ def test_divergence_beside_perplexity(benchmark, demo):
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "seconds": seconds} | {
         f"{name}_times_perplexity": min(seconds[name]) / level for name in ("bound", "bound_and_gap")
     }
+
+
+def test_training_steps_of_students(benchmark, demo):
+    """Seconds of an optimizer step of students at 3 bits, as multiples of one of plain fine-tuning; the best of 6."""
+    from quantforge.training import qlora, recover
+    from quantforge.training.loop import Settings, train
+    from quantforge.training.steps import language_model
+
+    source, ids = demo
+    made = recipe.load("rtn", bits=3, group_size=64)
+
+    def quantized() -> Result:
+        model = load.model(source)
+        plan = planning.make(model, made, source.dtype)
+        return api.run(model, plan, None, tokenizer=None, source="", calibration={})
+
+    students = {
+        "plain": load.model(source).requires_grad_(True),
+        "scales, norms": recover.open_student(quantized()),
+        "weights, scales, norms": recover.open_student(quantized(), ("weights", "scales", "norms")),
+        "adapters of rank 64": qlora.open_student(quantized(), qlora.Adapters()),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in students}
+
+    def run() -> None:
+        for name, student in students.items():
+            seconds[name] += train(student, ids, language_model(), Settings(steps=3, batch_size=2, lr=1e-6)).seconds
+
+    benchmark.pedantic(run, rounds=2)
+    best = {name: min(found) for name, found in seconds.items()}
+    times = {name: found / best["plain"] for name, found in best.items()}
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "seconds": best, "times_plain": times}
 
 
 @pytest.mark.parametrize("width", [576, 1536, 2048])
