@@ -42,7 +42,11 @@ if TYPE_CHECKING:
 @click.option("--alpha", default=0.2, show_default=True, type=float,
               help="Of minillm: the teacher's share in what texts are drawn from.")  # fmt: skip
 @click.option("--prompt", default=64, show_default=True, type=int,
-              help="Of gkd and minillm: tokens that the student writes on from.")  # fmt: skip
+              help="Tokens of a window that gkd, minillm and --rewritten write on from.")  # fmt: skip
+@click.option("--hidden", default=0.0, show_default=True, type=float,
+              help="Weight of the squared error between what both models' blocks give, added.")  # fmt: skip
+@click.option("--rewritten", is_flag=True,
+              help="Train on what the teacher writes after the prompt of each window.")  # fmt: skip
 @click.option("--targets", default="live", show_default=True, metavar="live|kept",
               help="Run the teacher beside the student, or keep its predictions in --out.")  # fmt: skip
 @click.option("--chunk", type=click.IntRange(1), metavar="N", help="Tokens whose logits exist at once, to save memory.")
@@ -72,10 +76,10 @@ def distill(
     from quantforge.models import load
     from quantforge.training.run import Aim
 
-    names = ("loss", "temperature", "hard", "beta", "normalized", "skew", "share", "alpha", "prompt")
+    names = ("loss", "temperature", "hard", "beta", "normalized", "skew", "share", "alpha", "prompt", "hidden")
     aim = Aim(**{name: options.pop(name) for name in names})
     calibration = calibration_of(options)
-    more = {name: options.pop(name) for name in ("targets", "chunk")}
+    more = {name: options.pop(name) for name in ("targets", "chunk", "rewritten")}
     kept = student is not None and os.path.isdir(student) and is_quantized(Path(student))
     _check_together(kept=kept, method=method, parts=parts, blocks=blocks, bits=bits)
     if teacher is None and aim.loss != "ce" and student is not None:
@@ -103,11 +107,11 @@ def distill(
 
         if source is None:
             result, facts = students.opened(str(student), job.device)
-            return students.quantized(result, wanted, facts)
+            return students.quantized(result, facts, wanted)
         if chosen is None:
             return students.floats(source, job.device, blocks)
         result = students.quantize(source, chosen, job.device, calibration)
-        return students.quantized(result, wanted, students.recipe_facts(source, chosen, calibration))
+        return students.quantized(result, students.recipe_facts(source, chosen, calibration), wanted)
 
     def cost() -> Cost:
         return _cost(job, source, chosen, wanted, blocks, student)

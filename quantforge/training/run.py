@@ -35,7 +35,7 @@ from quantforge.training.teachers import Live, Teacher
 
 LOSSES = (*KINDS, "gkd", "minillm", "ce")
 WRITING = ("gkd", "minillm")
-CHECKPOINT, TARGETS = "checkpoint", "teacher.safetensors"
+CHECKPOINT, TARGETS, TEXTS = "checkpoint", "teacher.safetensors", "texts.safetensors"
 EVALUATED = "perplexity = exp of the mean over non-overlapping windows of the mean cross-entropy of their predictions"
 
 
@@ -50,7 +50,10 @@ class Aim:
     beta         of jsd and gkd; normalized: JSD / (β (1 − β)); skew: of skew-kl
     share        λ of gkd, the share of steps on text that the student writes
     alpha        of minillm, the teacher's share in what is drawn from
-    prompt       tokens of a window that the student writes on from with gkd and minillm; only what follows counts
+    prompt       tokens of a window that are written on from, by the student with gkd and minillm; only what follows
+                 counts
+    hidden       weight of the squared error between what the blocks of both models give, relative to the teacher's,
+                 which is added; of fkl, rkl, jsd, skew-kl
     """
 
     loss: str = "fkl"
@@ -62,6 +65,7 @@ class Aim:
     share: float = 0.5
     alpha: float = 0.2
     prompt: int = 64
+    hidden: float = 0.0
 
     def __post_init__(self) -> None:
         pick("loss", self.loss, LOSSES)
@@ -76,6 +80,8 @@ class Aim:
             )
         if self.loss in WRITING and self.hard:
             raise RecipeError(240, f"{self.loss} has no share of cross-entropy (hard {self.hard:g}); fkl or jsd have.")
+        if self.hidden < 0 or (self.hidden and self.loss not in KINDS):
+            raise RecipeError(249, f"hidden {self.hidden:g} is a weight of at least 0, of fkl, rkl, jsd and skew-kl.")
 
     def objective(self) -> Objective:
         """Return the divergence of a loss that is one."""
@@ -84,12 +90,12 @@ class Aim:
     def record(self) -> dict[str, Any]:
         """Return what the loss looks at, as plain JSON values."""
         own = {
-            "jsd": ("temperature", "hard", "beta", "normalized"),
-            "skew-kl": ("temperature", "hard", "skew"),
+            "jsd": ("temperature", "hard", "beta", "normalized", "hidden"),
+            "skew-kl": ("temperature", "hard", "skew", "hidden"),
             "gkd": ("beta", "share", "prompt"),
             "minillm": ("alpha", "prompt"),
             "ce": (),
-        }.get(self.loss, ("temperature", "hard"))
+        }.get(self.loss, ("temperature", "hard", "hidden"))
         return {"loss": self.loss, **{name: getattr(self, name) for name in own}}
 
 
@@ -101,6 +107,8 @@ class Job:
     data        a set, a file, or "self": text that the teacher writes; samples: windows of it, all if None
     evaluation  text that the student is scored on before and after; windows: None is all
     prompts     texts that both models write for the report after training; new: their tokens. 0: none
+    rewritten   train on what the teacher writes after the first `aim.prompt` tokens of each window (sequence-level
+                distillation); it is kept in `out`
     targets     "live": the teacher runs beside the student; "kept": its predictions are made once and kept in `out`
     """
 
@@ -115,6 +123,7 @@ class Job:
     windows: int | None = 48
     prompts: int = 0
     new: int = 64
+    rewritten: bool = False
     targets: str = "live"
     chunk: int | None = None
     device: str = "cpu"
@@ -128,7 +137,9 @@ class Job:
             raise RecipeError(249, f"loss {self.aim.loss} needs a teacher; name one by --teacher, or take the loss ce.")
         if self.targets == "kept" and self.aim.loss in WRITING:
             raise RecipeError(249, f"{self.aim.loss} needs a live teacher, which can read what the student writes.")
-        if self.aim.loss in WRITING and not 0 < self.aim.prompt < self.seq_len:
+        if self.rewritten and (self.teacher is None or self.out is None):
+            raise RecipeError(249, "text that the teacher writes needs a teacher, and a folder to be kept in (--out).")
+        if (self.aim.loss in WRITING or self.rewritten) and not 0 < self.aim.prompt < self.seq_len:
             raise RecipeError(
                 249, f"a prompt of {self.aim.prompt} tokens leaves nothing of windows of {self.seq_len}; take fewer."
             )
@@ -185,6 +196,9 @@ def run(build: Callable[[], Student], job: Job) -> Training:
         own = loading.tokenizer(job.teacher)
         teachers.check_pair(student.tokenizer, own, student.config, job.teacher.config)
     ids, data = _training_text(student, job, teacher)
+    if job.rewritten and teacher is not None:
+        ids = _rewritten(student, job, teacher, ids)
+        data = {**data, "rewritten": "by the teacher, after the prompt of each window"}
     windows, evaluation = _evaluation_text(student, job)
     made = _record(student, job, data, evaluation)
     reference = None
@@ -267,6 +281,16 @@ def _training_text(student: Student, job: Job, teacher: nn.Module | None) -> tup
     )
 
 
+def _rewritten(student: Student, job: Job, teacher: nn.Module, ids: Tensor) -> Tensor:
+    """Return the windows with what the teacher writes after the prompt of each; it is written once, and kept."""
+    assert job.teacher is not None
+    assert job.out is not None
+    prompts, new = ids[:, : job.aim.prompt], job.seq_len - job.aim.prompt
+    facts = {"model": job.teacher.digest(), "tokenizer": teachers.tokenizer_digest(student.tokenizer)}
+    seed = job.settings.seed
+    return teachers.write_texts(job.out / TEXTS, prompts, new, facts, lambda: teacher, seed=seed)
+
+
 def _evaluation_text(student: Student, job: Job) -> tuple[Tensor, dict[str, Any]]:
     return api.token_ids(
         job.evaluation,
@@ -322,7 +346,7 @@ def _step(student: Student, job: Job, model: nn.Module | None, ids: Tensor) -> t
     """Return the loss of a step, and what prepares its batch."""
     aim, seed = job.aim, job.settings.seed
     if aim.loss == "ce" or model is None:
-        return steps.language_model(chunk=job.chunk), None
+        return steps.language_model(chunk=job.chunk), steps.after_prompt(aim.prompt) if job.rewritten else None
     if aim.loss == "gkd":
         objective = gkd_objective(aim.beta)
         loss, write = steps.gkd(Live(model), objective, share=aim.share, prompt=aim.prompt, seed=seed)
@@ -330,7 +354,9 @@ def _step(student: Student, job: Job, model: nn.Module | None, ids: Tensor) -> t
     if aim.loss == "minillm":
         size = job.settings.batch_size
         return steps.minillm(Live(model), prompt=aim.prompt, alpha=aim.alpha, text=ids, batch_size=size, seed=seed)
-    return steps.supervised(_teacher(student, job, model, ids), aim.objective(), chunk=job.chunk), None
+    taught = _teacher(student, job, model, ids)
+    loss = steps.supervised(taught, aim.objective(), hidden=aim.hidden, chunk=job.chunk)
+    return loss, steps.after_prompt(aim.prompt) if job.rewritten else None
 
 
 def _after(prompt: int, write: Prepare) -> Prepare:
@@ -361,6 +387,7 @@ def _facts(student: Student, job: Job) -> dict[str, Any]:
         "kind": job.kind,
         "aim": job.aim.record(),
         "targets": job.targets,
+        "rewritten": job.rewritten,
         "teacher": None if source is None else source.digest(),
     }
 

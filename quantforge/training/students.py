@@ -110,7 +110,7 @@ def floats(source: loading.Source, device: str, blocks: int | None = None) -> St
     return Student(name, "", model, model.config, tokenizer, facts, float("nan"), source.notes, finish, save)
 
 
-def quantized(result: Result, parts: Iterable[str], facts: dict[str, Any]) -> Student:
+def quantized(result: Result, facts: dict[str, Any], parts: Iterable[str] = ("scales", "norms")) -> Student:
     """Return a quantized model whose `parts` are trained; see `recover.open_student`."""
     wanted = tuple(parts)
     model = recover.open_student(result, wanted)

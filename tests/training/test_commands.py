@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 import quantforge
 from quantforge import checkpoint, cli
@@ -129,6 +130,20 @@ def test_every_loss_runs(loss, rounded, tmp_path):
     assert record(tmp_path / "run").aim["loss"] == loss
 
 
+def test_a_student_learns_what_the_teacher_writes_and_how_its_blocks_see_it(rounded, tmp_path):
+    args = ["distill", rounded, "--teacher", TINY, *FEW, "--steps", 2, "--prompt", 16, "--lr", 0.002]
+    done = run(*args, "--rewritten", "--hidden", 0.5, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    made = record(tmp_path / "run")
+    assert "rewritten" in made.data
+    assert made.aim["hidden"] == 0.5
+    texts = load_file(tmp_path / "run" / "texts.safetensors")["ids"]
+    assert texts.shape == (32, 48)
+    plain = tmp_path / "plain"
+    run(*args, "--out", plain)
+    assert record(plain).steps[0].loss != made.steps[0].loss
+
+
 def test_qat_on_text_of_its_own_saves_a_checkpoint_that_rounds_inputs(tmp_path):
     out = tmp_path / "run"
     done = run("qat", TINY, "--weights", "int3-channel-sym", "--data", "self", *FEW, "--lr", 0.001, "--out", out)
@@ -209,6 +224,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(other, tmp_path):
         (("--data", "self", "--loss", "ce"), "--samples"),
         (("--warmup", 99), "warmup"),
         (("--targets", "kept", "--loss", "gkd"), "live"),
+        (("--hidden", 0.1, "--loss", "minillm"), "hidden"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(args, says, tmp_path):
