@@ -13,6 +13,7 @@ from quantforge import api
 from quantforge.calibrate import corpus, overlap
 from quantforge.calibrate.corpus import Text, Windows
 from quantforge.calibrate.overlap import Overlap
+from quantforge.calibrate.text_files import STRICT, Reading
 from quantforge.errors import DataError, RecipeError
 from quantforge.models import check
 
@@ -79,11 +80,12 @@ class Draw:
 
 
 def draw(
-    design: Design, evaluation: Tensor, told: dict[str, Any], tokenizer: Any, config: Any
+    design: Design, evaluation: Tensor, told: dict[str, Any], tokenizer: Any, config: Any, reading: Reading = STRICT
 ) -> list[tuple[Pool, list[Draw]]]:
     """Read every calibration text and draw the windows of every run, a text and its draws at a time.
 
     evaluation  token ids [windows, seq_len]; told: their provenance
+    reading     how text files are read
     With the same seed and length the windows of fewer samples are the first of those of more. Raises DataError for a
     text that is too short, or given under two names; PlanError for windows that the model has no positions for.
     """
@@ -91,7 +93,7 @@ def draw(
         api.check_length(config, length)
     found: list[tuple[Pool, list[Draw]]] = []
     for name in design.data:
-        text = corpus.load_text(name, "calibration")
+        text = corpus.load_text(name, "calibration", reading)
         for other, _ in found:
             if other.text_sha256 == text.sha256:
                 raise DataError(492, f"{other.name!r} and {name!r} are the same text; leave one of them out.")
