@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,17 @@ from transformers import PreTrainedModel
 
 from quantforge import checkpoint, exporters, pipeline, recipe, resources
 from quantforge import plan as planning
-from quantforge.calibrate import corpus
+from quantforge.calibrate import corpus, overlap
+from quantforge.calibrate.text_files import STRICT, Reading
 from quantforge.distill import generate, kept
 from quantforge.errors import DataError, PlanError, RecipeError, ResourceError, clean, pick
 from quantforge.evaluation import decoding, perplexity, rolling, significance, zeroshot
 from quantforge.evaluation import reference as references
-from quantforge.evaluation.divergence import Divergence
+from quantforge.evaluation.divergence import Divergence, Gap
 from quantforge.evaluation.perplexity import Score
 from quantforge.evaluation.reference import Reference
 from quantforge.evaluation.rolling import RollingScore
-from quantforge.evaluation.significance import Interval
+from quantforge.evaluation.significance import Interval, Mean
 from quantforge.evaluation.zeroshot import TaskScore
 from quantforge.memory import PeakMemory
 from quantforge.models import activations, check
@@ -61,6 +62,7 @@ def quantize(
     settings: dict[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
+    reading: Reading = STRICT,
     out: str | Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -81,6 +83,7 @@ def quantize(
     settings     {"solver.damp_percent": 0.05}
     overrides    {"*.down_proj": {"bits": 8}, "layers.0.*": {"skip": True}}: layers by pattern, the last match wins
     tokenizer    for a model in memory that is to be calibrated on text
+    reading      how text files are read: their encoding, and what is done where one is damaged
 
     Everything that needs no weights is checked before they are read. Raises the subclasses of QuantForgeError.
     """
@@ -97,7 +100,7 @@ def quantize(
     loading.check_device(device)
     calibration = _checked(calibration, "calibration")
     target = None if out is None else Path(out)
-    draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed)
+    draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed, reading=reading)
     ids, provenance = None, dict[str, Any]()
     if isinstance(model, nn.Module):
         if target is not None and not isinstance(model, PreTrainedModel):
@@ -208,10 +211,12 @@ def token_ids(
     shuffle: bool = False,
     seed: int = 0,
     writer: Writer | None = None,
+    reading: Reading = STRICT,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return token ids [count, seq_len] that the model of `config` can read, and where they came from.
 
-    text    a set's name, a file, the ids themselves, or for calibration "self", which `writer` writes by `seed`
+    text     a set's name, a file, the ids themselves, or for calibration "self", which `writer` writes by `seed`
+    reading  how files are read
     Raises DataError for what is no text or no ids, PlanError for windows that are too long, ModelError for ids beyond
     the embedding.
     """
@@ -232,7 +237,8 @@ def token_ids(
         raise DataError(442, f"text {str(text)!r} needs a tokenizer; pass tokenizer=, or token ids [windows, seq_len].")
     else:
         check_length(config, seq_len)
-        found = corpus.windows(corpus.load_text(str(text), part), tokenizer, seq_len, count, shuffle=shuffle, seed=seed)
+        read = corpus.load_text(str(text), part, reading)
+        found = corpus.windows(read, tokenizer, seq_len, count, shuffle=shuffle, seed=seed)
         ids, provenance = found.ids, found.provenance
     check.check_ids(ids, tokenizer, config)
     return ids, provenance
@@ -320,6 +326,7 @@ class Against:
     ratio       of perplexities, with its interval over windows, and the p-value of there being no difference
     verdict     that in words
     kl          mean over the windows, nats per token, with its interval; a lower bound
+    gap         how far below the dense mean it lies, over the first windows; None where that is unknown
     divergence  of all predictions
     """
 
@@ -329,6 +336,7 @@ class Against:
     p: float
     verdict: str
     kl: Interval
+    gap: Gap | None
     divergence: Divergence
 
     def record(self) -> dict[str, Any]:
@@ -351,6 +359,7 @@ class Evaluation:
     rolling          word and byte perplexity of whole documents
     against          how its predictions differ from a float model's
     losses           of each window: mean cross-entropy, nats per token
+    warnings         what to know of the data: that the model was calibrated on it
     """
 
     perplexity: float
@@ -362,6 +371,7 @@ class Evaluation:
     rolling: RollingScore | None = None
     against: Against | None = None
     losses: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def interval(self) -> Interval:
@@ -369,6 +379,13 @@ class Evaluation:
         if len(self.losses) < 2 or not all(map(math.isfinite, self.losses)):
             return Interval(self.perplexity, math.nan, math.nan)
         return significance.perplexity_interval(self.losses)
+
+    @property
+    def tasks_mean(self) -> Mean | None:
+        """Return the mean over tasks of their shares of right answers; None for fewer than two tasks."""
+        if len(self.tasks) < 2:
+            return None
+        return significance.mean_accuracy([task.summary for task in self.tasks])
 
     def record(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -381,8 +398,10 @@ class Evaluation:
             "kv": self.kv,
             "bytes_per_token": self.bytes_per_token,
             "tasks": [task.record() for task in self.tasks],
+            "tasks_mean": None if self.tasks_mean is None else finite(asdict(self.tasks_mean)),
             "rolling": None if self.rolling is None else self.rolling.record(),
             "against": None if self.against is None else self.against.record(),
+            "warnings": list(self.warnings),
         }
 
 
@@ -404,6 +423,7 @@ def evaluate(
     seed: int = 0,
     device: str = "cpu",
     tokenizer: Any = None,
+    reading: Reading = STRICT,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Return the perplexity of a float model or of a quantized checkpoint, or what it scores on tasks, in float32.
@@ -414,7 +434,7 @@ def evaluate(
     kv          "int8-token", "int4-kivi-g32-w32", …: decode token by token, all windows at once, through a cache that
                 is stored so; PlanError for another notation
     against     a float model with the same tokenizer, a folder, a hub id or "demo": how predictions diverge from its is
-                told; what it predicts is kept, so that it runs once for each text
+                told; what it predicts is kept, so that over a text that it has read it runs on four windows only
     rolling     word and byte perplexity of whole documents, read in windows of `seq_len` tokens, instead: the lines of
                 a .jsonl file, else the whole text, up to `windows` · `seq_len` tokens
     tasks       names of tasks or groups, of `task_dirs`, our own or lm-eval's, and of a `suite`: "smoke" or "standard";
@@ -422,6 +442,7 @@ def evaluate(
     shots       examples before each item, drawn by `seed`; None: what each task says
     limit       items of each task from its start; None: all
     batch_size  texts or windows that go through the model at once with tasks or `rolling`
+    reading     how text files are read: their encoding, and what is done where one is damaged
 
     Everything that needs no weights is checked before they are read. Raises the subclasses of QuantForgeError.
     """
@@ -451,10 +472,9 @@ def evaluate(
         )
         return Evaluation(math.nan, opened.name, {}, tasks=scores)
     if rolling:
-        return _rolling(opened, data, seq_len, windows, batch_size)
-    ids, provenance = token_ids(
-        data, "evaluation", tokenizer=opened.tokenizer, config=opened.config, seq_len=seq_len, count=windows
-    )
+        return _rolling(opened, data, seq_len, windows, batch_size, reading)
+    cut = functools.partial(token_ids, data, "evaluation", seq_len=seq_len, count=windows, reading=reading)
+    ids, provenance = cut(tokenizer=opened.tokenizer, config=opened.config)
     if cache is not None:
         KVCache(cache, opened.config)  # which refuses a model that it is not for
     reference = None
@@ -468,36 +488,25 @@ def evaluate(
                 276, f"--against {against} has {theirs} tokens and the model {ours}: they cannot be compared."
             )
         if not isinstance(data, Tensor):
-            _check_same_tokens(source, str(data), ids, seq_len, windows)
-        reference = float_reference(source, ids, device)
+            _check_same_tokens(source, ids, cut)
+        reference, _ = kept_reference(loading.model(source, device), ids, source.fingerprint(device))
     built = opened.build()
     if cache is not None:
         score, size = decode(built, ids, cache)
-        return Evaluation(score.perplexity, opened.name, provenance, kv, size, losses=score.losses)
+        found = Evaluation(score.perplexity, opened.name, provenance, kv, size)
+        return replace(found, losses=score.losses, warnings=opened.warnings(provenance))
     with bar("perplexity", len(ids)) as step:
         score = perplexity.evaluate(built, ids, reference, progress=lambda loss: step(f"loss {loss:.3f}"))
     told = None if reference is None else _against(source.name, reference, score)
-    return Evaluation(score.perplexity, opened.name, provenance, against=told, losses=score.losses)
+    found = Evaluation(score.perplexity, opened.name, provenance, against=told)
+    return replace(found, losses=score.losses, warnings=opened.warnings(provenance))
 
 
-def _check_same_tokens(source: loading.Source, data: str, ids: Tensor, seq_len: int, windows: int | None) -> None:
-    """Refuse a float model whose tokenizer reads the text as other tokens."""
-    tokenizer = loading.tokenizer(source)
-    theirs, _ = token_ids(data, "evaluation", tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=windows)
+def _check_same_tokens(source: loading.Source, ids: Tensor, cut: Callable[..., tuple[Tensor, dict[str, Any]]]) -> None:
+    """Refuse a float model whose tokenizer reads the text that `ids` were cut from as other tokens."""
+    theirs, _ = cut(tokenizer=loading.tokenizer(source), config=source.config)
     if not torch.equal(theirs, ids):
         raise PlanError(276, f"--against {source.name} reads the text as other tokens: they cannot be compared.")
-
-
-def float_reference(source: loading.Source, ids: Tensor, device: str) -> Reference:
-    """Return what a float model predicts over ids [windows, seq_len]: kept from an earlier run, or made and kept."""
-
-    def make() -> Reference:
-        model = loading.model(source, device)
-        with bar(source.name, len(ids)) as step:
-            return perplexity.make_reference(model, ids, progress=lambda loss: step(f"loss {loss:.3f}"))[0]
-
-    made = references.made(source.fingerprint(device), ids, source.config.get_text_config().vocab_size)
-    return replace(references.get(resources.cache_dir(), made, make), dense=None)
 
 
 def kept_reference(model: nn.Module, ids: Tensor, fingerprint: str) -> tuple[Reference, Score]:
@@ -541,6 +550,7 @@ def _against(name: str, reference: Reference, score: Score) -> Against:
         change.p if change else math.nan,
         significance.verdict(change) if change else "worse",
         significance.mean_interval(score.kls) if all(map(math.isfinite, score.kls)) else nothing,
+        score.gap,
         score.divergence,
     )
 
@@ -569,12 +579,19 @@ def wished_tasks(tasks: Sequence[str], suite: str | None, folders: Sequence[Path
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model that is known and checked, and not yet read."""
+    """A model that is known and checked, and not yet read; `calibration` says what text it was calibrated on."""
 
     name: str
     config: Any
     tokenizer: Any
     build: Callable[[], nn.Module]
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    def warnings(self, data: dict[str, Any]) -> tuple[str, ...]:
+        """Return what to say of the evaluation text `data` if it is the one that was calibrated on."""
+        same = overlap.same_text(self.calibration, data)
+        said = overlap.Overlap(math.nan, same).warning(str(self.calibration.get("name")), str(data.get("name")))
+        return (said,) if same else ()
 
 
 def _open(model: str | Path | nn.Module | None, device: str, tokenizer: Any, trusted: bool, *, reads: bool) -> _Opened:
@@ -586,7 +603,9 @@ def _open(model: str | Path | nn.Module | None, device: str, tokenizer: Any, tru
         config = checkpoint.read_config(folder, trust_remote_code=trusted)
         if reads:
             tokenizer = tokenizer or loading.read_tokenizer(folder, trust_remote_code=trusted)
-        return _Opened(clean(folder.name), config, tokenizer, functools.partial(_dequantized, folder, device, trusted))
+        build = functools.partial(_dequantized, folder, device, trusted)
+        told = checkpoint.read_record(folder).get("calibration")
+        return _Opened(clean(folder.name), config, tokenizer, build, told if isinstance(told, dict) else {})
     source = loading.find(None if model is None else str(model), trust_remote_code=trusted)
     source.skeleton()
     tokenizer = tokenizer or loading.tokenizer(source)
@@ -599,13 +618,15 @@ def _need_tokenizer(opened: _Opened, what: str) -> None:
     check.check_tokenizer(opened.tokenizer, opened.config, opened.name)
 
 
-def _rolling(opened: _Opened, data: str | Tensor, seq_len: int, windows: int | None, batch_size: int) -> Evaluation:
+def _rolling(
+    opened: _Opened, data: str | Tensor, seq_len: int, windows: int | None, batch_size: int, reading: Reading
+) -> Evaluation:
     if isinstance(data, Tensor):
         raise DataError(442, "words and bytes are counted in text: give a set's name or a file in place of token ids.")
     _need_tokenizer(opened, "documents")
     check_length(opened.config, seq_len)
     zeroshot.check_counts(None, None, batch_size)
-    documents, provenance = corpus.load_documents(data, "evaluation")
+    documents, provenance = corpus.load_documents(data, "evaluation", reading)
     if windows is not None:
         documents = rolling.cut(documents, opened.tokenizer, windows * seq_len)
     built = opened.build()
@@ -616,7 +637,7 @@ def _rolling(opened: _Opened, data: str | Tensor, seq_len: int, windows: int | N
         window=seq_len,
         batch_size=1 if mixes_tokens(built) else batch_size,
     )
-    return Evaluation(math.nan, opened.name, provenance, rolling=score)
+    return Evaluation(math.nan, opened.name, provenance, rolling=score, warnings=opened.warnings(provenance))
 
 
 def decode(model: nn.Module, ids: Tensor, fmt: KVFormat) -> tuple[Score, float]:

@@ -382,6 +382,41 @@ def test_a_text_that_cannot_be_used_is_refused(command, content, more, says, tex
     refused(result, 4, *says, repr(str(text)))
 
 
+class WeightsError(Exception):
+    """All that needs no weights went well."""
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "compare", "sensitivity", "calibration-study"])
+def test_42_and_45_damaged_text_is_read_where_that_is_asked_for(command, text, tmp_path, monkeypatch):
+    def stop(*args):
+        raise WeightsError
+
+    monkeypatch.setattr(loading, "model", stop)
+    out = () if command == "evaluate" else ("--out", tmp_path / "out")
+    data = () if command == "quantize" else ("--windows", 2)
+    calib = {"quantize": ("--samples", 2), "compare": ("--samples", 2), "calibration-study": ("--samples", 2)}
+
+    def tried(file, *more):
+        files = {"quantize": ("--calib", file), "evaluate": ("--data", file), "sensitivity": ("--data", file)}
+        named = files.get(command, ("--calib", file, "--data", file))
+        length = "--seq-lens" if command == "calibration-study" else "--seq-len"
+        return run(command, TINY, *named, length, 32, *calib.get(command, ()), *data, *out, *more)
+
+    if command == "calibration-study":
+        data = (*data, "--eval-seq-len", 32)
+    text.write_bytes("café, naïve: ".encode("cp1252") * 40)
+    refused(tried(text), 4, "not UTF-8", "position 3", "--encoding")
+    refused(tried(text, "--encoding", "cp1253x"), 2, "'cp1253x'", "did you mean 'cp125")
+    for more in (("--encoding", "cp1252"), ("--errors", "replace")):
+        with pytest.raises(WeightsError):
+            tried(text, *more)
+    lines = text.with_suffix(".jsonl")
+    lines.write_text('{"text": "words of a document"}\n' * 40 + "{}\n")
+    refused(tried(lines), 4, "line 41", "no field 'text'", "--bad-lines")
+    with pytest.raises(WeightsError):
+        tried(lines, "--bad-lines", 1)
+
+
 def test_38_no_window_is_ever_repeated(text, tmp_path):
     text.write_bytes(b"".join(b"line %06d\n" % i for i in range(20)))
     assert quantize(TINY, text, tmp_path, "--samples", 3).exit_code == 0

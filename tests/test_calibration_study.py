@@ -359,6 +359,12 @@ def test_seeds_that_share_their_windows_are_said_to():
     assert not any("the seeds share" in note for note in spread.notes(study))
 
 
+def test_what_limits_a_study_is_printed_with_its_result():
+    study = with_tokens(a_study(wobble), 60, "a")
+    (note,) = (note for note in spread.notes(study) if "the seeds share" in note)
+    assert note in pages.to_text(study).splitlines()
+
+
 def test_seeds_that_share_most_of_their_windows_show_nothing():
     """They agree on whatever the text does, so that by a t-test any difference would be more than chance."""
     study = a_study(lambda cell, seed: 0.3 - (0.1 + 1e-5 * seed if cell.data == "b" else 0) + 1e-3 * cell.samples)

@@ -170,6 +170,17 @@ def test_settings_go_to_the_methods_that_have_them(shared):
     assert "damp_percent" not in found["rtn-int8-g64-asym"].options
 
 
+def test_a_row_whose_layers_differ_says_so_in_its_label(shared):
+    few = {**shared, "samples": 2, "windows": 2, "methods": ["rtn"], "bits": (4,)}
+    overrides = {"*.down_proj": {"bits": 8, "symmetric": True}, "*.layers.0.*": {"skip": True}}
+    label = "rtn-int4-g64-asym *.down_proj:bits=8,symmetric *.layers.0.*:skip"
+    assert list(runs(quantforge.compare(TINY, overrides=overrides, **few))) == ["fp", label]
+    many = {**overrides, "*.q_proj": {"method": "hqq"}}
+    assert list(runs(quantforge.compare(TINY, overrides=many, **few))) == [
+        "fp", "rtn-int4-g64-asym *.down_proj:bits=8,symmetric and 2 more",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("what", "error", "says"),
     [

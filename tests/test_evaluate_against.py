@@ -15,7 +15,8 @@ import quantforge
 from quantforge import cli
 from quantforge.calibrate import corpus
 from quantforge.errors import ModelError, PlanError, RecipeError
-from quantforge.models import load as loading
+from quantforge.evaluation import perplexity
+from quantforge.evaluation.reference import DENSE
 from quantforge.models import tiny
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
@@ -45,6 +46,9 @@ def test_it_says_what_a_comparison_says(text, checkpoint):
     assert found.against.ratio.value == pytest.approx(found.perplexity / found.against.perplexity)
     assert found.against.ratio.low > 1
     assert found.against.verdict == "worse"
+    dense, bound = found.against.gap.dense, found.against.gap.bound
+    assert (dense, bound) == pytest.approx((row.divergence.dense, row.divergence.bound), rel=1e-4)
+    assert 0 < bound < dense
 
 
 def test_a_model_is_no_different_from_itself(text):
@@ -53,12 +57,17 @@ def test_a_model_is_no_different_from_itself(text):
     assert found.against.verdict == "no difference shown"
 
 
-def test_the_float_model_runs_once_for_each_text(text, checkpoint, tmp_path, monkeypatch):
+def test_the_float_model_runs_once_for_each_text_but_for_the_windows_of_the_gap(
+    text, checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
-    wish = {"against": TINY, "data": str(text), "seq_len": 64, "windows": 4}
+    wish = {"against": TINY, "data": str(text), "seq_len": 64, "windows": 6}
+    ran = []
+    make = perplexity.make_reference
+    monkeypatch.setattr(perplexity, "make_reference", lambda *a, **k: ran.append(len(a[1])) or make(*a, **k))
     first = quantforge.evaluate(checkpoint, **wish)
-    monkeypatch.setattr(loading, "model", lambda *a: pytest.fail("the float model was read"))
     assert quantforge.evaluate(checkpoint, **wish).against == first.against
+    assert ran == [6, DENSE]
 
 
 def test_the_command_prints_it(text, checkpoint):
@@ -67,9 +76,12 @@ def test_the_command_prints_it(text, checkpoint):
     assert result.exit_code == 0, result.output
     assert "against tiny-llama" in result.stdout
     assert "worse (p = " in result.stdout
+    assert " nats per token (it misses " in result.stdout
+    assert " of the dense KL in the first 4 windows), median " in result.stdout
     told = json.loads(CliRunner().invoke(cli.main, [*map(str, wish), "--json"]).stdout)["against"]
     assert told["kl"]["low"] < told["kl"]["value"] < told["kl"]["high"]
     assert math.isfinite(told["p"])
+    assert told["gap"]["bound"] < told["gap"]["dense"]
 
 
 def test_what_cannot_be_compared_is_refused(text, checkpoint, tmp_path):

@@ -72,13 +72,19 @@ def scored(*args: object) -> dict[str, Any]:
 def test_the_smoke_suite_prints_a_line_for_each_task(quantized):
     result = run(quantized, "--suite", "smoke", "--limit", 8)
     assert result.exit_code == 0, result.stderr
-    title, head, *rows = result.stdout.splitlines()
+    title, head, *rows, mean = result.stdout.splitlines()
     assert title == "two, right answers:"
     for column in ("task", "shots", "items", "accuracy", "95 % interval", "standard error", "chance", "p above chance"):
         assert column in head
     assert [row.split()[:3] for row in rows] == [[name, "0", "8"] for name in SMOKE]
     assert [row.split()[-2] for row in rows] == ["50.0%", "-", "25.0%"]
     assert len({len(row) for row in (head, *rows)}) == 1
+    assert mean.startswith("mean of 3 tasks ")
+    found = scored(quantized, "--suite", "smoke", "--limit", 8)
+    shares = [task["accuracy"] for task in found["tasks"]]
+    told = found["tasks_mean"]["share"]
+    assert told["low"] < told["value"] == pytest.approx(sum(shares) / 3)
+    assert f" {told['value']:.1%}  {told['low']:.1%} to {told['high']:.1%} " in mean
 
 
 def test_json_has_every_answer_and_a_digest_by_which_runs_can_be_paired(code, quantized):
@@ -94,6 +100,7 @@ def test_json_has_every_answer_and_a_digest_by_which_runs_can_be_paired(code, qu
     assert float_task["digest"] == two_bits["digest"]
     assert float_task["answers"] != two_bits["answers"]
     assert found[TINY]["perplexity"] is None
+    assert found[TINY]["tasks_mean"] is None
     assert scored(TINY, "--task-dir", code) == found[TINY]
 
 
@@ -112,9 +119,52 @@ def test_rolling_prints_figures_per_word_and_per_byte(quantized):
     assert result.stdout.startswith("two: word perplexity ")
     for part in (", byte perplexity ", "bits per byte", ", token perplexity ", " words, ", "in windows of 64\n"):
         assert part in result.stdout
+    assert result.stdout.count(" (95 %: ") == 4
     found = scored(quantized, "--rolling", "--windows", 4, "--seq-len", 64)["rolling"]
+    low, high = found["intervals"]["word_perplexity"]
+    assert low < found["word_perplexity"] < high
     assert 4 * 64 - 20 < found["tokens"] <= 4 * 64
     assert found["word_perplexity"] == pytest.approx(found["byte_perplexity"] ** (found["bytes"] / found["words"]))
+
+
+def test_through_a_cache_perplexity_has_its_interval_too(quantized):
+    wish = (quantized, "--windows", 8, "--seq-len", 32, "--kv", "int4-token")
+    found = scored(*wish)
+    low, high = found["interval"]
+    assert low < found["perplexity"] < high
+    assert f"token perplexity {found['perplexity']:.3f} (95 %: {low:.3f} to {high:.3f}) on " in run(*wish).stdout
+
+
+def test_text_that_a_checkpoint_was_calibrated_on_is_told(tmp_path):
+    texts = corpus.load_text("python-docs", "calibration").text
+    same, other = tmp_path / "same.txt", tmp_path / "other.txt"
+    same.write_text(texts[:4000], encoding="utf-8")
+    other.write_text(texts[4000:8000], encoding="utf-8")
+    for method in ("gptq", "rtn"):
+        out = tmp_path / method
+        quantforge.quantize(TINY, method, group_size=64, calibration=same, samples=4, seq_len=32, out=out)
+    wish = ("--windows", 2, "--seq-len", 32)
+    for more in ((), ("--rolling",), ("--kv", "int8-token")):
+        result = run(tmp_path / "gptq", "--data", same, *wish, *more, "--json")
+        assert result.stderr.startswith("warning: overlap: ")
+        assert result.stderr.count("\n") == 1
+        assert json.loads(result.stdout)["warnings"] == [result.stderr.removeprefix("warning: ").strip()]
+    assert scored(tmp_path / "gptq", "--data", other, *wish)["warnings"] == []
+    assert scored(tmp_path / "rtn", "--data", same, *wish)["warnings"] == []
+
+
+def test_names_from_files_do_not_steer_the_terminal(code, tmp_path):
+    odd = tmp_path / "e\x1b[31m.txt"
+    odd.write_text("Words of a text, and some more. " * 20)
+    task = yaml.safe_load((code / "lines.yaml").read_text()) | {"task": "li\x1b[31mnes"}
+    (code / "lines.yaml").write_text(yaml.safe_dump(task))
+    wish = (TINY, "--data", odd, "--windows", 2, "--seq-len", 32)
+    for words in (wish, (*wish, "--rolling"), (TINY, "--task-dir", code, "--limit", 1)):
+        result = CliRunner().invoke(cli.main, ["evaluate", *map(str, words)], color=True)
+        assert result.exit_code == 0, result.output
+        assert "\\x1b[31m" in result.stdout
+        assert "\x1b" not in result.stdout
+    assert "nan" not in result.stdout  # one item has no standard error
 
 
 def test_each_line_of_jsonl_is_a_document_of_its_own(tmp_path):

@@ -458,6 +458,33 @@ def test_what_is_not_finite_leads_the_list_and_breaks_no_page():
     assert "n/a" in show.summary(one, ("block",))
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12.34567, "12.346"),
+        (0.01, "0.010"),
+        (0.00834, "0.0083"),
+        (0.00012, "0.00012"),
+        (1.234e-5, "0.000012"),
+        (1e-6, "0.0000010"),
+        (9e-7, "< 0.000001"),
+        (0.0, "0.000"),
+        (math.nan, "n/a"),
+    ],
+)
+def test_a_small_kl_is_written_out(value, text):
+    assert show.nats(value) == text
+
+
+def test_no_number_of_the_lists_has_an_exponent():
+    parts = {"small": noisy(1.2e-5), "large": noisy(0.03)}
+    found = analysis(section(parts, noisy(0.03)))
+    for said in (show.summary(found, ("block",)), markdown(found), to_html(found).partition("<svg")[0]):
+        assert "0.000012" in said
+        assert not re.search(r">[^<]*\de-\d\d|\| \S*\de-\d\d", said)
+        assert not re.search(r"\de-\d\d", show.summary(found, ("block",)))
+
+
 def test_layers_are_mapped_by_block_and_place_within_it():
     names = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("a.q", "b.v")]
     base = section({name: noisy(0.1 * (i + 1)) for i, name in enumerate(names)}, noisy(1))

@@ -15,6 +15,7 @@ from quantforge.api import Writer
 from quantforge.calibrate import corpus, overlap
 from quantforge.calibrate.corpus import Text, Windows
 from quantforge.calibrate.overlap import Overlap
+from quantforge.calibrate.text_files import STRICT, Reading
 from quantforge.distill import generate
 from quantforge.errors import DataError, RecipeError
 from quantforge.evaluation import reference
@@ -86,12 +87,19 @@ class Draw:
 
 
 def draw(
-    design: Design, evaluation: Tensor, told: dict[str, Any], tokenizer: Any, config: Any, writer: Writer | None = None
+    design: Design,
+    evaluation: Tensor,
+    told: dict[str, Any],
+    tokenizer: Any,
+    config: Any,
+    writer: Writer | None = None,
+    reading: Reading = STRICT,
 ) -> list[tuple[Pool, list[Draw]]]:
     """Read every calibration text and draw the windows of every run, a text and its draws at a time.
 
     evaluation  token ids [windows, seq_len]; told: their provenance
     writer      the float model, needed where a text is called "self": it writes that by each seed
+    reading     how text files are read
     With the same seed and length the windows of fewer samples are the first of those of more. Raises DataError for a
     text that is too short, or given under two names; PlanError for windows that the model has no positions for.
     """
@@ -104,7 +112,7 @@ def draw(
                 raise DataError(477, "text that the model itself writes needs the model.")
             found.append(_own(design, evaluation, tokenizer, config, writer))
             continue
-        text = corpus.load_text(name, "calibration")
+        text = corpus.load_text(name, "calibration", reading)
         for other, _ in found:
             if other.text_sha256 == text.sha256:
                 raise DataError(492, f"{other.name!r} and {name!r} are the same text; leave one of them out.")

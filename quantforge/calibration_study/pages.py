@@ -113,8 +113,9 @@ def _range(low: float, high: float, said: Callable[[float], str]) -> str:
 
 
 def to_text(study: Study) -> str:
-    """Return both tables as Markdown that is aligned as plain text too, and the result in words."""
-    return "\n".join(filter(None, [*map(_markdown, (cell_table(study), effect_table(study))), spread.lead(study)]))
+    """Return both tables as Markdown that is aligned as plain text too, the result in words, and what limits it."""
+    tables = map(_markdown, (cell_table(study), effect_table(study)))
+    return "\n".join(filter(None, [*tables, spread.lead(study), *map(clean, spread.notes(study))]))
 
 
 def _markdown(table: Table) -> str:

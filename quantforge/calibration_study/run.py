@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantforge import api, recipe, record
 from quantforge.calibrate import corpus, overlap
+from quantforge.calibrate.text_files import STRICT, Reading
 from quantforge.calibration_study import pages, results
 from quantforge.calibration_study.design import Design, Draw, draw
 from quantforge.calibration_study.results import Study, StudyRun
@@ -52,6 +53,7 @@ def calibration_study(
     eval_seq_len: int = 512,
     windows: int | None = 48,
     device: str = "cpu",
+    reading: Reading = STRICT,
     out: str | Path | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -63,6 +65,7 @@ def calibration_study(
     calibrations  sets or files; each run draws its windows at random, by its seed. "self" is written by the float model
     samples       windows of a run; seq_lens: their length in tokens
     data          evaluation text, of which the first `windows` (None: all) of `eval_seq_len` tokens are scored
+    reading       how text files are read
     out           a folder for calibration-study.json, .md and .html; the first is written after every run
     resume        take over the runs of the calibration-study.json in `out`, which must be of the same model files,
                   method, texts, versions and machine; the design may be another
@@ -92,10 +95,11 @@ def calibration_study(
     plan = make(source.skeleton(), chosen, source.dtype)
     tokenizer = loading.tokenizer(source)
     ids, evaluation = api.token_ids(
-        data, "evaluation", tokenizer=tokenizer, config=source.config, seq_len=eval_seq_len, count=windows
-    )
+        data, "evaluation", tokenizer=tokenizer, config=source.config, seq_len=eval_seq_len, count=windows,
+        reading=reading,
+    )  # fmt: skip
     writer = api.writer_of(source, device)
-    pools = draw(design, ids, evaluation, tokenizer, source.config, writer)
+    pools = draw(design, ids, evaluation, tokenizer, source.config, writer, reading)
     draws = [each for _, own in pools for each in own]
     for line in overlap.warnings(((each.cell.data, each.overlap) for each in draws), evaluation["name"]):
         warn(line)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from quantforge.calibrate.text_files import Reading
 from quantforge.cli.options import (
     machine,
     parse_list,
@@ -15,6 +16,7 @@ from quantforge.cli.options import (
     parse_settings,
     print_result,
     print_warning,
+    text_files,
     weight_format,
     windows_option,
 )
@@ -45,6 +47,7 @@ from quantforge.errors import RecipeError
     "--out", "-o", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the report."
 )
 @click.option("--resume", is_flag=True, help="Take over the runs that an interrupted or smaller study left in --out.")
+@text_files
 @machine
 def calibration_study(
     model: str | None,
@@ -65,6 +68,9 @@ def calibration_study(
     windows: int,
     out: Path,
     resume: bool,
+    encoding: str,
+    errors: str,
+    bad_lines: int,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -93,6 +99,7 @@ def calibration_study(
         device=device,
         out=out,
         resume=resume,
+        reading=Reading(encoding, errors, bad_lines),
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
         warn=print_warning,

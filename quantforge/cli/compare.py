@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from quantforge.calibrate.text_files import Reading
 from quantforge.cli.options import (
     calibration,
     machine,
@@ -17,6 +18,7 @@ from quantforge.cli.options import (
     print_result,
     print_warning,
     tasks_options,
+    text_files,
     weight_format,
     windows_option,
 )
@@ -43,6 +45,7 @@ from quantforge.errors import RecipeError
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder to keep every checkpoint in.")
 @click.option("--resume", is_flag=True, help="Take over the runs that an interrupted comparison left in --out.")
 @click.option("--isolate", is_flag=True, help="Measure each row in a process of its own; one that dies costs its row.")
+@text_files
 @machine
 def compare(
     models: tuple[str, ...],
@@ -70,6 +73,9 @@ def compare(
     keep: Path | None,
     resume: bool,
     isolate: bool,
+    encoding: str,
+    errors: str,
+    bad_lines: int,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -111,6 +117,7 @@ def compare(
         keep=keep,
         resume=resume,
         isolate=isolate,
+        reading=Reading(encoding, errors, bad_lines),
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
         warn=print_warning,

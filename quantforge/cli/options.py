@@ -116,6 +116,30 @@ def tasks_options(command: Command) -> Command:
     return command
 
 
+def text_files(command: Command) -> Command:
+    """Add how text files are read."""
+    for option in (
+        click.option(
+            "--bad-lines",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            metavar="N",
+            help="Leave out up to N lines of a .jsonl file that hold no text.",
+        ),
+        click.option(
+            "--errors",
+            default="strict",
+            show_default=True,
+            metavar="strict|replace",
+            help="Refuse bytes that are not of the --encoding, or put U+FFFD in their place.",
+        ),
+        click.option("--encoding", default="utf-8", show_default=True, metavar="NAME", help="Of text files."),
+    ):
+        command = option(command)
+    return command
+
+
 windows_option = click.option(
     "--windows",
     default=48,

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 @click.argument("row", required=False)
 @click.option("--run", "run_it", is_flag=True, help="Measure ROW again: the model and the text come from the hub.")
 @click.option("--out", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder of the report of --run.")
+@click.option("--resume", is_flag=True, help="With --run: take over what an interrupted one left in --out.")
 @machine
 def papers(
-    row: str | None, run_it: bool, out: Path | None, device: str, trust_remote_code: bool, as_json: bool
+    row: str | None, run_it: bool, out: Path | None, resume: bool, device: str, trust_remote_code: bool, as_json: bool
 ) -> None:
     """Print published perplexities and their protocols; of one ROW, the commands that measure it again."""
     from quantforge.evaluation import papers as published
@@ -48,6 +49,7 @@ def papers(
         **published.arguments(chosen),
         device=device,
         out=out,
+        resume=resume,
         trust_remote_code=trust_remote_code,
         command=command,
     )

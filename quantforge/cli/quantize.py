@@ -8,7 +8,16 @@ from pathlib import Path
 
 import click
 
-from quantforge.cli.options import calibration, machine, parse_overrides, parse_settings, print_result, weight_format
+from quantforge.calibrate.text_files import Reading
+from quantforge.cli.options import (
+    calibration,
+    machine,
+    parse_overrides,
+    parse_settings,
+    print_result,
+    text_files,
+    weight_format,
+)
 from quantforge.errors import RecipeError
 
 
@@ -22,6 +31,7 @@ from quantforge.errors import RecipeError
 @click.option("--out", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint in --out, once the new one is whole.")
 @click.option("--dry-run", is_flag=True, help="Show what each layer would become, then stop.")
+@text_files
 @machine
 def quantize(
     model: str | None,
@@ -42,11 +52,15 @@ def quantize(
     out: Path | None,
     overwrite: bool,
     dry_run: bool,
+    encoding: str,
+    errors: str,
+    bad_lines: int,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Quantize MODEL (a folder or a hub id; the demo model if left out) into a checkpoint that loads by itself."""
+    reading = Reading(encoding, errors, bad_lines)
     changed = parse_settings(settings) | ({"inputs.dynamic": True} if dynamic else {})
     if dry_run:
         from quantforge import api, recipe
@@ -93,6 +107,7 @@ def quantize(
         overrides=parse_overrides(overrides),
         out=out,
         overwrite=overwrite,
+        reading=reading,
         trust_remote_code=trust_remote_code,
     )
     where = shlex.quote(str(out))

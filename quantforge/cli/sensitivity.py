@@ -8,12 +8,14 @@ from pathlib import Path
 
 import click
 
+from quantforge.calibrate.text_files import Reading
 from quantforge.cli.options import (
     machine,
     parse_list,
     parse_overrides,
     parse_settings,
     print_result,
+    text_files,
     weight_format,
 )
 from quantforge.errors import RecipeError
@@ -39,6 +41,7 @@ from quantforge.errors import RecipeError
     "--out", "-o", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the results."
 )
 @click.option("--resume", is_flag=True, help="Go on with the results that --out has by the same parts.")
+@text_files
 @machine
 def sensitivity(
     model: str | None,
@@ -56,6 +59,9 @@ def sensitivity(
     windows: int | None,
     out: Path,
     resume: bool,
+    encoding: str,
+    errors: str,
+    bad_lines: int,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -84,6 +90,7 @@ def sensitivity(
         overrides=parse_overrides(overrides),
         out=out,
         resume=resume,
+        reading=Reading(encoding, errors, bad_lines),
         trust_remote_code=trust_remote_code,
         command=shlex.join(["quantforge", *sys.argv[1:]]),
     )

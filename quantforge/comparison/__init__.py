@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantforge import api, exporters, pipeline, record, report
 from quantforge.calibrate import overlap
 from quantforge.calibrate.overlap import Overlap
+from quantforge.calibrate.text_files import STRICT, Reading
 from quantforge.comparison import cells, isolated, wishes
 from quantforge.comparison.cells import Ground, Tasks
 from quantforge.comparison.wishes import DTYPES, FLOAT, Request
@@ -66,6 +67,7 @@ def compare(
     keep: str | Path | None = None,
     resume: bool = False,
     isolate: bool = False,
+    reading: Reading = STRICT,
     trust_remote_code: bool = False,
     command: str = "",
     warn: Callable[[str], None] = lambda line: None,
@@ -83,6 +85,7 @@ def compare(
     resume   take over the runs of a report.json in `out` that was made on the same tokens, versions and machine, as a
              comparison leaves it that was interrupted
     isolate  measure each row in a process of its own: one that dies costs its row only
+    reading  how text files are read
     command  the command line, for the report
     warn     called with what the user should know before the work begins, such as common text
 
@@ -118,6 +121,7 @@ def compare(
             settings=dict(settings or {}),
             overrides={pattern: dict(wish) for pattern, wish in (overrides or {}).items()},
             keep=None if keep is None else str(keep if len(models) == 1 else Path(keep) / _folder(one)),
+            reading=reading,
             trust_remote_code=trust_remote_code,
             command=command,
         )
@@ -193,7 +197,9 @@ def prepare(request: Request, out: Path | None = None, *, resume: bool = False) 
         zeroshot.check(request.tasks, folders, shots=request.shots, limit=request.limit)
         tasks = Tasks(request.tasks, request.shots, request.limit, request.seed, folders)
     tokenizer = loading.tokenizer(source)
-    tokens = functools.partial(api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=request.seq_len)
+    tokens = functools.partial(
+        api.token_ids, tokenizer=tokenizer, config=source.config, seq_len=request.seq_len, reading=request.reading
+    )
     calib, calib_from = tokens(
         request.calibration, "calibration", count=request.samples, shuffle=request.shuffle, seed=request.seed,
         writer=api.writer_of(source, request.device),

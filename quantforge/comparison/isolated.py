@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantforge import record
+from quantforge.calibrate.text_files import Reading
 from quantforge.comparison import cells
 from quantforge.comparison.wishes import Request
 from quantforge.errors import QuantForgeError
@@ -50,6 +51,7 @@ def main() -> None:
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in asked["request"].items()
     }
+    fields["reading"] = Reading(**fields["reading"])
     answer = Path(asked["answer"])
     try:
         run = measure_one(Request(**fields), asked["label"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from quantforge import api, recipe
+from quantforge.calibrate.text_files import Reading
 from quantforge.errors import RecipeError, pick
 from quantforge.models.kvcache import KVCache, KVFormat
 from quantforge.plan import Plan
@@ -17,6 +18,8 @@ from quantforge.recipe import Recipe
 FLOAT = "fp"
 DTYPES = {f"{FLOAT}-{name}": getattr(torch, name) for name in ("bfloat16", "float16", "float64")}
 """The float model computed in another dtype: what differs then is rounding, and so is any difference below it."""
+
+MOST_SAID = 2  # overrides in the label of a row
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Request:
     settings: dict[str, Any]
     overrides: dict[str, dict[str, Any]]
     keep: str | None
+    reading: Reading
     trust_remote_code: bool
     command: str
 
@@ -88,10 +92,19 @@ def recipes(request: Request) -> dict[str, Recipe]:
             )
             if chosen.label in suited:
                 raise RecipeError(223, f"a suite has a row {chosen.label!r} already; leave {method!r} out.")
-            found[chosen.label] = chosen
+            found[" ".join([chosen.label, *_said(overrides)])] = chosen
     if unused:
         raise RecipeError(209, f"none of the methods {', '.join(methods)} has the setting {min(unused)!r}.")
     return found
+
+
+def _said(overrides: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return overrides as they are typed, for the label of a row; of many the first ones, which are then counted."""
+    said = [
+        f"{pattern}:{','.join(key if value is True else f'{key}={value}' for key, value in wish.items())}"
+        for pattern, wish in overrides.items()
+    ]
+    return said if len(said) <= MOST_SAID else [*said[: MOST_SAID - 1], f"and {len(said) - MOST_SAID + 1} more"]
 
 
 def caches(methods: Sequence[str], config: Any) -> dict[str, KVFormat]:

@@ -15,7 +15,9 @@ from typing import Any
 from torch import nn
 
 from quantforge.errors import DataError
-from quantforge.evaluation import zeroshot
+from quantforge.evaluation import significance, zeroshot
+from quantforge.evaluation.significance import Interval
+from quantforge.record import finite
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class RollingScore:
     words   pieces between white space, as lm-eval counts them: white space at an end makes an empty piece, which counts
     bytes   of the text in UTF-8
     window  the most tokens that the model read at once
+    parts   the log-likelihood and the tokens of each piece that was read at once: a short document, or a window of one
     """
 
     log_likelihoods: tuple[float, ...]
@@ -32,6 +35,7 @@ class RollingScore:
     words: tuple[int, ...]
     bytes: tuple[int, ...]
     window: int
+    parts: tuple[tuple[float, int], ...] = ()
 
     @property
     def token_perplexity(self) -> float:
@@ -53,6 +57,30 @@ class RollingScore:
         """Return the loss per byte in bits."""
         return -math.fsum(self.log_likelihoods) / sum(self.bytes) / math.log(2)
 
+    def intervals(self) -> dict[str, Interval]:
+        """Return each figure with its interval of 95 %, by its name; NaN where it is not known.
+
+        Words and bytes for each token are taken as the text has them, so that all tell of the loss per token.
+        """
+        loss = self._loss()
+        counts = {"word_perplexity": self.words, "byte_perplexity": self.bytes, "token_perplexity": self.tokens}
+        factors = {name: sum(self.tokens) / sum(each) for name, each in counts.items()}
+        found = {name: significance.exponential(significance.scaled(loss, factor)) for name, factor in factors.items()}
+        return {**found, "bits_per_byte": significance.scaled(loss, factors["byte_perplexity"] / math.log(2))}
+
+    def _loss(self) -> Interval:
+        """Return the loss per token, nats, with its interval by a bootstrap over the parts.
+
+        They are of different size: what is drawn is by how much each loses more than so many tokens do on average (the
+        linearized ratio, Cochran, Sampling Techniques, 1977, section 6.4).
+        """
+        value = -math.fsum(self.log_likelihoods) / sum(self.tokens)
+        size = sum(self.tokens) / max(len(self.parts), 1)
+        losses = [value - (found + value * tokens) / size for found, tokens in self.parts]
+        if len(losses) < 2 or not all(map(math.isfinite, losses)):
+            return Interval(value, math.nan, math.nan)
+        return significance.mean_interval(losses)
+
     def _per(self, counts: Sequence[int]) -> float:
         loss = -math.fsum(self.log_likelihoods) / sum(counts)
         return math.exp(loss) if loss < 700 else math.inf
@@ -67,7 +95,8 @@ class RollingScore:
         }
         counts = {"tokens": sum(self.tokens), "words": sum(self.words), "bytes": sum(self.bytes)}
         return {
-            **{key: value if math.isfinite(value) else None for key, value in figures.items()},
+            **finite(figures),
+            "intervals": {name: finite([one.low, one.high]) for name, one in self.intervals().items()},
             "documents": len(self.tokens),
             **counts,
             "window": self.window,
@@ -95,12 +124,14 @@ def evaluate(
         requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(documents)]
         found = harness.loglikelihood_rolling(requests)
         tokens = tuple(len(harness.tok_encode(text)) for text in documents)
+        parts = tuple(harness.scored)
     return RollingScore(
         tuple(found),
         tokens,
         tuple(len(re.split(r"\s+", text)) for text in documents),
         tuple(len(text.encode()) for text in documents),
         harness.max_length,
+        parts,
     )
 
 

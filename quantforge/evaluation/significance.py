@@ -48,7 +48,7 @@ class Change:
     @property
     def ratio(self) -> Interval:
         """Return exp of the change: for mean losses in nats, perplexity after / perplexity before."""
-        return _mapped(self.mean, _exp)
+        return exponential(self.mean)
 
     @property
     def gain(self) -> float:
@@ -93,6 +93,14 @@ class Accuracy:
     p: float
 
 
+@dataclass(frozen=True)
+class Mean:
+    """The mean over several tasks of their shares of right answers, its interval and its standard error."""
+
+    share: Interval
+    error: float
+
+
 def standard_error(values: Values) -> float:
     """Return the standard error of the mean of independent values, such as one per window; NaN for one value.
 
@@ -116,7 +124,7 @@ def mean_interval(values: Values, level: float = 0.05, resamples: int = 10_000, 
 
 def perplexity_interval(losses: Values, level: float = 0.05, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Return exp of the mean of the windows' losses (nats per token) and its interval, as `mean_interval` makes it."""
-    return _mapped(mean_interval(losses, level, resamples, seed), _exp)
+    return exponential(mean_interval(losses, level, resamples, seed))
 
 
 def paired_change(before: Values, after: Values, level: float = 0.05, resamples: int = 10_000, seed: int = 0) -> Change:
@@ -167,6 +175,22 @@ def accuracy(answers: Values, chance: float | Sequence[float], level: float = 0.
     low, high = both.proportion_ci(1 - level, method="wilson")
     share = Interval(float(right.mean()), float(low), float(high))
     return Accuracy(share, standard_error(right.tolist()), len(right), chance, float(test.pvalue))
+
+
+def mean_accuracy(found: Sequence[Accuracy]) -> Mean:
+    """Return the mean of the shares of several tasks, each of which counts the same however many items it has.
+
+    The interval is made of the tasks' own (Zou and Donner 2008, doi:10.1002/sim.3095), so that of one task it is
+    Wilson's; it tells of the items that were drawn, not of the tasks. The items must be independent.
+    Raises DataError for no tasks.
+    """
+    count, value = len(found), _numbers([one.share.value for one in found]).mean()
+    below, above = (
+        math.sqrt(math.fsum((getattr(one.share, end) - one.share.value) ** 2 for one in found)) / count
+        for end in ("low", "high")
+    )
+    error = math.sqrt(math.fsum(one.error**2 for one in found)) / count
+    return Mean(Interval(float(value), float(value) - below, float(value) + above), error)
 
 
 def verdict(found: Change | Flips, level: float = 0.05) -> Verdict:
@@ -233,6 +257,16 @@ def _check_lengths(first: NDArray[Any], second: NDArray[Any]) -> None:
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise DataError(443, f"level must lie between 0 and 1, such as 0.05, not be {level}.")
+
+
+def exponential(interval: Interval) -> Interval:
+    """Return exp of an estimate and of its interval, such as the perplexity of a loss in nats; inf above 10³⁰⁴."""
+    return _mapped(interval, _exp)
+
+
+def scaled(interval: Interval, factor: float) -> Interval:
+    """Return an estimate and its interval times a factor above 0."""
+    return _mapped(interval, lambda value: value * factor)
 
 
 def _exp(value: float) -> float:

@@ -275,6 +275,11 @@ def make_harness(model: nn.Module, tokenizer: Any, batch_size: int, max_length: 
             with self._shown(len(requests)):
                 return _numbers(super().loglikelihood(requests, disable_tqdm=True), lambda found: found[0])
 
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            found = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            self.scored += [(value, len(asked[2])) for asked, (value, _) in zip(requests, found, strict=True)]
+            return found
+
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
             if not starts:
                 raise DataError(448, "the tokenizer has no token to begin a text with, which the first word needs.")
@@ -284,6 +289,7 @@ def make_harness(model: nn.Module, tokenizer: Any, batch_size: int, max_length: 
 
         @contextmanager
         def _shown(self, total: int) -> Iterator[None]:
+            self.scored: list[tuple[float, int]] = []  # the log-likelihood and the tokens of each text or window
             with redirect_stderr(terminal), bar("log-likelihoods", total) as step:
                 self._step = step
                 yield

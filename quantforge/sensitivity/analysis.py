@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quantforge import api, plan, recipe
 from quantforge.calibrate import corpus
+from quantforge.calibrate.text_files import STRICT, Reading
 from quantforge.comparison.wishes import told
 from quantforge.errors import RecipeError, pick
 from quantforge.evaluation.reference import digest
@@ -45,6 +46,7 @@ def analyze(
     settings: dict[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
+    reading: Reading = STRICT,
     out: str | Path | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -59,6 +61,7 @@ def analyze(
     bits     None: 2, 3, 4 and 8 where the method's format comes in these widths and `weights` is None
     weights  notations of formats, in place of the method's own
     windows  of `seq_len` tokens from the start of the text, 0 for all; None: 48, and 8 by layer
+    reading  how text files are read
     out      a folder for sensitivity.json, which has every cell as soon as it is measured, .md and .html
     resume   go on with what is in `out`, which must be of the same model files, options, text and versions; a model in
              memory must lose on every window what it lost then
@@ -78,10 +81,10 @@ def analyze(
     opened = _open(model, device, folder, trust_remote_code=trust_remote_code)
     plans = {_format(chosen): plan.make(opened.skeleton, chosen, opened.dtype) for chosen in recipes}
     tokenizer = tokenizer or opened.tokenizer
-    texts = functools.partial(_tokens, data, tokenizer=tokenizer, config=opened.config, seq_len=seq_len)
+    cut = functools.partial(api.token_ids, tokenizer=tokenizer, config=opened.config, seq_len=seq_len, reading=reading)
     jobs, evaluations = [], []
     for way in dict.fromkeys(by):
-        job, evaluation = texts(way, WINDOWS[way] if windows is None else windows or None)
+        job, evaluation = _tokens(data, way, WINDOWS[way] if windows is None else windows or None, cut)
         job = replace(job, parts=parts_of(next(iter(plans.values())), way))
         jobs.append(job)
         evaluations.append(evaluation)
@@ -142,13 +145,11 @@ def _open(model: str | Path | nn.Module | None, device: str, out: Path | None, *
 
 
 def _tokens(
-    data: str | Path | Tensor, by: str, count: int | None, *, tokenizer: Any, config: Any, seq_len: int
+    data: str | Path | Tensor, by: str, count: int | None, cut: Callable[..., tuple[Tensor, dict[str, Any]]]
 ) -> tuple[Job, dict[str, Any]]:
     """Return a job over `count` windows, no parts in it yet, and where its tokens came from."""
     text = data if isinstance(data, Tensor) else str(data)
-    ids, provenance = api.token_ids(
-        text, "evaluation", tokenizer=tokenizer, config=config, seq_len=seq_len, count=count
-    )
+    ids, provenance = cut(text, "evaluation", count=count)
     if isinstance(data, Tensor):
         ids = ids[:count]
         provenance = {**provenance, "count": len(ids), "ids_sha256": digest(ids)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from markupsafe import Markup
 
 from quantforge.errors import clean
 from quantforge.report.templates import environment
-from quantforge.report.words import escape_markdown, number, signed
+from quantforge.report.words import MISSING, escape_markdown, number, signed
 from quantforge.sensitivity.ranking import NOT_SHOWN, Row, kl, ranked, total
 from quantforge.sensitivity.results import WHOLE, Analysis, Section, to_json
 from quantforge.store import write_text
 
 TOP = 10  # parts of each list in Markdown
 MOST_COLUMNS = 16  # of a heat map of layers; of more, those of one kind share a column
+ROUNDING = 1e-6  # nats per token
 FEW = 6  # windows: below, no test can reach the level
 WAYS = {"block": "By block", "kind": "By kind of layer", "layer": "By layer"}
 
@@ -93,8 +95,15 @@ def _heat(value: float | None, span: tuple[float, float]) -> HeatCell:
 
 
 def nats(value: float) -> str:
-    """Format a KL: three decimals, fewer digits where it is small."""
-    return number(value, ".3f" if value >= 0.01 else ".2g" if value >= 1e-3 else ".1e")
+    """Format a KL: three decimals, two digits where it is small; none of what is no more than rounding."""
+    if 0 < value < ROUNDING:
+        return f"< {ROUNDING:f}"
+    return two_digits(value) if 0 < value < 0.01 else number(value, ".3f")
+
+
+def two_digits(value: float) -> str:
+    """Format a number by its first two digits, without an exponent."""
+    return f"{Decimal(f'{value:.1e}'):f}" if math.isfinite(value) else MISSING
 
 
 def change(value: float) -> str:
@@ -120,7 +129,15 @@ def _views(found: Analysis) -> dict[str, Any]:
     lists = {s.by: [(fmt, ranked(s, fmt)) for fmt in s.formats] for s in found.sections}
     totals = {s.by: [t for fmt in s.formats if (t := total(s, fmt)) is not None] for s in found.sections}
     maps = {s.by: heat_maps(s) for s in found.sections}
-    said = {"lead": lead(found, lists), "ways": WAYS, "unshown": NOT_SHOWN, "few": FEW, "nats": nats, "change": change}
+    said = {
+        "lead": lead(found, lists),
+        "ways": WAYS,
+        "unshown": NOT_SHOWN,
+        "few": FEW,
+        "nats": nats,
+        "change": change,
+        "two_digits": two_digits,
+    }
     return {"lists": lists, "totals": totals, "maps": maps, "signed": signed, **said}
 
 

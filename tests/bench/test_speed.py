@@ -135,7 +135,7 @@ def test_evaluation_with_rounded_inputs_beside_float(benchmark, demo):
     benchmark.extra_info |= {"seconds": taken[0], "float_seconds": level, "times_float": taken[0] / level}
 
 
-def test_divergence_beside_perplexity(benchmark, demo):
+def test_divergence_added_to_perplexity(benchmark, demo):
     """Seconds to score 48 windows with the divergence from the float model, beside those without it."""
     source, _ = demo
     windows = {"tokenizer": load.tokenizer(source), "config": source.config, "seq_len": 512, "count": 48}

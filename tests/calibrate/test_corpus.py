@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import socket
 import time
@@ -22,9 +23,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from quantforge import network
-from quantforge.calibrate import corpus, hub, python_docs
+from quantforge.calibrate import hub, python_docs, text_files
 from quantforge.calibrate.corpus import SOURCES, Text, load_documents, load_text, set_names, windows
-from quantforge.errors import DataError
+from quantforge.calibrate.text_files import Reading
+from quantforge.errors import DataError, RecipeError
 from quantforge.resources import KINDS, build, definitions, read_mapping
 
 RUN = 50
@@ -477,8 +479,8 @@ def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:
 def test_a_line_beyond_the_limit_is_named_before_it_is_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "_CHUNK", 1000)
-    monkeypatch.setattr(corpus, "MAX_LINE", 5000)
+    monkeypatch.setattr(text_files, "_CHUNK", 1000)
+    monkeypatch.setattr(text_files, "MAX_LINE", 5000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + "x" * 4_000_000)
     tracemalloc.start()
@@ -490,7 +492,7 @@ def test_a_line_beyond_the_limit_is_named_before_it_is_read_to_its_end(
 
 def test_many_lines_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held is the text that comes out, not the lines that it is taken from."""
-    monkeypatch.setattr(corpus, "_CHUNK", 2**16)
+    monkeypatch.setattr(text_files, "_CHUNK", 2**16)
     path = tmp_path / "a.jsonl"
     line = json.dumps({"text": "a", "more": "x" * 400}) + "\n"
     path.write_text(line * 20_000)
@@ -509,18 +511,96 @@ def test_many_lines_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 def test_a_file_read_in_pieces_is_the_file_as_a_whole(tmp_path_factory: Any, content: bytes, size: int) -> None:
     """Its text is what it would be at once, and a bad byte stands where it would be found at once."""
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
-    content = b"." + content if content.startswith(tuple(corpus._BINARY)) else content
+    content = b"." + content if content.startswith(tuple(text_files._BINARY)) else content
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_CHUNK", size)
+        patch.setattr(text_files, "_CHUNK", size)
         try:
             expected = content.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             with pytest.raises(DataError, match=f"bad byte at position {error.start};"):
-                list(corpus._pieces(str(path)))
+                list(text_files._pieces(str(path)))
         else:
-            assert "".join(corpus._pieces(str(path))) == expected
-            assert list(corpus._lines(str(path))) == expected.split("\n")
+            assert "".join(text_files._pieces(str(path))) == expected
+            assert list(text_files._lines(str(path))) == expected.split("\n")
+
+
+@given(
+    st.sampled_from(["cp1252", "utf-16", "utf-16-le", "shift-jis", "utf-8"]),
+    st.sampled_from(text_files.ERRORS),
+    st.binary(max_size=40),
+    st.integers(1, 7),
+)
+@example("utf-16", "strict", "\u00e9\r\n\u6771".encode("utf-16-le"), 1)
+@example("utf-8", "replace", b"abc\xe6\x9d", 2)
+@example("utf-16-le", "strict", "\ufeffa".encode("utf-16-le"), 3)
+def test_an_encoding_and_replacement_are_python_s_own_whatever_the_pieces(
+    tmp_path_factory: Any, encoding: str, errors: str, content: bytes, size: int
+) -> None:
+    path = tmp_path_factory.mktemp("encodings") / "a.txt"
+    content = codecs.BOM_UTF16 + content if encoding == "utf-16" else content  # without it the order is not known
+    content = b"." + content if content.startswith(tuple(text_files._BINARY)) else content
+    path.write_bytes(content)
+    how = Reading(encoding, errors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "_CHUNK", size)
+        try:
+            expected = content.decode(encoding, errors).removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            with pytest.raises(DataError, match=f"is not {encoding.upper()}: bad byte at position .*--encoding"):
+                list(text_files._pieces(str(path), how))
+        else:
+            found = "".join(text_files._pieces(str(path), how))
+            assert found == expected.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_what_a_text_was_read_as_stands_in_its_source(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"caf\xe9 \x81")
+    with pytest.raises(DataError, match="is not CP1252: bad byte at position 5; "):
+        load_text(str(path), "calibration", Reading("cp1252"))
+    found = load_text(str(path), "calibration", Reading("cp1252", "replace"))
+    assert (found.text, found.source) == ("café \ufffd", "the file a.txt, in cp1252, with bad bytes replaced")
+    assert load_text(str(path), "calibration", Reading("latin-1")).source == "the file a.txt, in latin-1"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"encoding": "utf-9"}, "no encoding is called 'utf-9': did you mean 'utf-"),
+        ({"encoding": "base64"}, "no encoding is called 'base64'"),
+        ({"encoding": "a\0b"}, "no encoding is called"),
+        ({"encoding": ""}, "no encoding is called ''"),
+        ({"errors": "ignore"}, "one of strict, replace, not 'ignore'"),
+        ({"bad_lines": -1}, "at least 0, not -1"),
+    ],
+)
+def test_impossible_ways_to_read_are_refused(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        Reading(**how)
+    assert message in str(error.value)
+
+
+def test_an_encoding_that_says_half_a_pair_is_an_error_not_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"+2AA-")
+    with pytest.raises(DataError, match="is not UTF-7"):
+        load_text(str(path), "calibration", Reading("utf-7"))
+
+
+def test_bad_lines_are_left_out_as_many_as_allowed_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": 7}\n\n[1\n{"text": "two"}\n{"txt": ""}\n')
+    for allowed, number, place in ((0, 1, 2), (1, 2, 4), (2, 3, 6)):
+        with pytest.raises(DataError) as error:
+            load_text(str(path), "calibration", Reading(bad_lines=allowed))
+        assert f"line {place}" in str(error.value)
+        assert str(error.value).endswith(f"--bad-lines N leaves out N such lines; this is number {number}.")
+    found = load_text(str(path), "calibration", Reading(bad_lines=3))
+    assert found.text == "one\n\ntwo"
+    assert found.source == "the file a.jsonl, but for 3 lines without text, the first of them line 2"
+    documents, provenance = load_documents(str(path), "evaluation", Reading(bad_lines=3))
+    assert (documents, provenance["source"]) == (("one", "two"), found.source)
 
 
 def test_documents_are_the_lines_of_jsonl_that_have_text_and_else_the_whole(tmp_path: Path, no_network: None) -> None:

@@ -165,6 +165,9 @@ def test_a_run_shows_what_was_measured_beside_what_was_published(monkeypatch, tm
     assert result.exit_code == 0, result.stderr
     assert asked["model"] == "facebook/opt-125m"
     assert asked["command"].endswith(f"--out {tmp_path}")
+    assert asked["resume"] is False
+    assert run("gptq-opt-125m", "--run", "--out", str(tmp_path), "--resume").exit_code == 0
+    assert asked["resume"] is True
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["fp", "27.65", "27.600"] in lines
     assert ["gptq", "4", "bits", "31.12", "31.500"] in lines

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from quantforge.errors import DataError, ModelError
-from quantforge.evaluation import rolling
+from quantforge.evaluation import rolling, significance
+from quantforge.evaluation.significance import Interval
 from quantforge.models import load as loading
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-llama"
@@ -118,6 +119,46 @@ def test_batches_of_any_size_give_the_same_figures(tokenizer, tiny):
     one, five = (rolling.evaluate(tiny, tokenizer, TEXTS, window=40, batch_size=size) for size in (1, 5))
     assert one.log_likelihoods == pytest.approx(five.log_likelihoods, rel=1e-5)
     assert (one.tokens, one.words, one.bytes) == (five.tokens, five.words, five.bytes)
+
+
+def test_the_parts_are_the_windows_and_hold_every_token(tokenizer, tiny):
+    score = rolling.evaluate(tiny, tokenizer, TEXTS, window=40, batch_size=3)
+    assert [size for _, size in score.parts] == [
+        min(40, tokens - start) for tokens in score.tokens for start in range(0, tokens, 40)
+    ]
+    assert sum(value for value, _ in score.parts) == pytest.approx(sum(score.log_likelihoods), rel=1e-6)
+
+
+def test_every_figure_has_an_interval_that_tells_of_the_loss_per_token(tokenizer, tiny):
+    """With windows of one length it is the bootstrap over them; that of words is the same on another scale."""
+    score = rolling.evaluate(tiny, tokenizer, [TEXTS[0][:288]], window=24)
+    assert score.tokens == (288,)
+    found = score.intervals()
+    token = significance.perplexity_interval([-value / 24 for value, _ in score.parts])
+    assert found["token_perplexity"].low == pytest.approx(token.low, rel=1e-6)
+    assert found["token_perplexity"].high == pytest.approx(token.high, rel=1e-6)
+    record = score.record()
+    for name, one in found.items():
+        assert one.low < one.value < one.high
+        assert one.value == pytest.approx(getattr(score, name), rel=1e-6)
+        assert record["intervals"][name] == [one.low, one.high]
+    words, bits = found["word_perplexity"], found["bits_per_byte"]
+    assert math.log(words.low) == pytest.approx(math.log(token.low) * 288 / score.words[0], rel=1e-6)
+    assert bits.high == pytest.approx(math.log2(found["byte_perplexity"].high), rel=1e-6)
+
+
+def test_parts_count_by_their_tokens():
+    """A short part of great loss moves the mean as little as its tokens do; one loss per token has no spread."""
+    even = rolling.RollingScore((-100.0,), (50,), (10,), (200,), 20, ((-40.0, 20), (-40.0, 20), (-20.0, 10)))
+    assert even.intervals()["token_perplexity"] == Interval(*[pytest.approx(math.exp(2))] * 3)
+    odd = rolling.RollingScore((-104.0,), (50,), (10,), (200,), 20, ((-40.0, 20), (-40.0, 20), (-24.0, 10)))
+    assert odd.intervals()["token_perplexity"].value == pytest.approx(math.exp(104 / 50))
+
+
+def test_one_window_has_no_interval(tokenizer):
+    score = rolling.evaluate(Uniform(259), tokenizer, ["one"])
+    assert math.isnan(score.intervals()["word_perplexity"].low)
+    assert score.record()["intervals"]["word_perplexity"] == [None, None]
 
 
 def test_nothing_is_left_behind(tokenizer, tiny, capfd):

@@ -16,6 +16,7 @@ from quantforge.evaluation.significance import (
     Interval,
     accuracy,
     mcnemar,
+    mean_accuracy,
     mean_interval,
     paired_change,
     perplexity_interval,
@@ -183,6 +184,28 @@ def test_accuracy_against_chance_is_the_binomial_tail():
     assert (found.share.low, found.share.high) == pytest.approx((low, high), rel=1e-5)
     assert accuracy([True] * 4, 0.25).p == pytest.approx(1 / 256)
     assert accuracy([False] * 4, 0.25).p == 1
+
+
+def test_the_mean_over_tasks_counts_each_alike_and_its_interval_is_made_of_theirs():
+    few, many = accuracy([1] * 9 + [0], 0.5), accuracy([1] * 60 + [0] * 40, 0.5)
+    (one, both) = mean_accuracy([few]), mean_accuracy([few, many])
+    assert one.share == Interval(few.share.value, pytest.approx(few.share.low), pytest.approx(few.share.high))
+    assert one.error == pytest.approx(few.error)
+    assert both.share.value == pytest.approx(0.75)
+    assert both.error == pytest.approx(math.hypot(few.error, many.error) / 2)
+    four = mean_accuracy([few] * 4)
+    assert four.share.value - four.share.low == pytest.approx((few.share.value - few.share.low) / 2)
+    with pytest.raises(DataError, match="list"):
+        mean_accuracy([])
+
+
+def test_the_interval_of_a_mean_over_tasks_covers_it_though_one_is_nearly_always_right():
+    rng, chances = np.random.default_rng(1), (0.97, 0.5, 0.3)
+    hits = 0
+    for _ in range(200):
+        share = mean_accuracy([accuracy((rng.random(30) < p).tolist(), 0.5) for p in chances]).share
+        hits += share.low <= sum(chances) / 3 <= share.high
+    assert 182 <= hits <= 199
 
 
 def test_chance_may_differ_between_items():
