@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from quantforge.cli.options import print_result, windows_option
+from quantforge.cli.options import print_result, text_files, windows_option
 from quantforge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run_options(lr: float, seq_len: int = 512) -> Callable[[Command], Command]:
                          help="Training text; self: what the teacher writes by itself."),
         ):  # fmt: skip
             command = option(command)
-        return command
+        return text_files(command)
 
     return add
 
@@ -101,14 +101,18 @@ def calibration_of(options: dict[str, Any]) -> dict[str, Any]:
 
 def job_of(kind: str, teacher: Source | None, aim: Aim, options: dict[str, Any], **more: Any) -> Job:
     """Return what is to be done, from what is left of the options."""
+    from quantforge.calibrate.text_files import Reading
     from quantforge.training.run import Job
 
     settings = settings_of(options)
-    windows, texts = options.pop("windows") or None, options.pop("texts")
+    reading = Reading(*(options.pop(name) for name in ("encoding", "errors", "bad_lines")))
+    more |= {"windows": options.pop("windows") or None, "prompts": options.pop("texts"), "reading": reading}
     command = shlex.join(["quantforge", *sys.argv[1:]])
     names = ("data", "samples", "seq_len", "evaluation", "out", "resume", "device")
     wishes = {name: options.pop(name) for name in names}
-    return Job(kind, teacher, aim, settings, windows=windows, prompts=texts, command=command, **wishes, **more)
+    return Job(
+        kind, teacher, aim, settings, reading=reading, windows=windows, prompts=texts, command=command, **wishes, **more
+    )
 
 
 def begin(job: Job, build: Callable[[], Student], cost: Callable[[], Cost], *, dry_run: bool, as_json: bool) -> None:

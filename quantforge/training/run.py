@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from quantforge import api, record
 from quantforge.calibrate import corpus
+from quantforge.calibrate.text_files import STRICT, Reading
 from quantforge.distill.gkd import gkd_objective, is_on_policy
 from quantforge.distill.losses import KINDS, Objective
 from quantforge.errors import PlanError, RecipeError, pick
@@ -109,6 +110,7 @@ class Job:
     prompts     texts that both models write for the report after training; new: their tokens. 0: none
     rewritten   train on what the teacher writes after the first `aim.prompt` tokens of each window (sequence-level
                 distillation); it is kept in `out`
+    reading     how text files are read
     targets     "live": the teacher runs beside the student; "kept": its predictions are made once and kept in `out`
     """
 
@@ -126,6 +128,7 @@ class Job:
     rewritten: bool = False
     targets: str = "live"
     chunk: int | None = None
+    reading: Reading = STRICT
     device: str = "cpu"
     out: Path | None = None
     resume: bool = False
@@ -278,6 +281,7 @@ def _training_text(student: Student, job: Job, teacher: nn.Module | None) -> tup
         count=job.samples,
         seed=job.settings.seed,
         writer=writer,
+        reading=job.reading,
     )
 
 
@@ -299,6 +303,7 @@ def _evaluation_text(student: Student, job: Job) -> tuple[Tensor, dict[str, Any]
         config=student.config,
         seq_len=512,
         count=job.windows,
+        reading=job.reading,
     )
 
 
