@@ -110,9 +110,7 @@ def job_of(kind: str, teacher: Source | None, aim: Aim, options: dict[str, Any],
     command = shlex.join(["quantforge", *sys.argv[1:]])
     names = ("data", "samples", "seq_len", "evaluation", "out", "resume", "device")
     wishes = {name: options.pop(name) for name in names}
-    return Job(
-        kind, teacher, aim, settings, reading=reading, windows=windows, prompts=texts, command=command, **wishes, **more
-    )
+    return Job(kind, teacher, aim, settings, command=command, **wishes, **more)
 
 
 def begin(job: Job, build: Callable[[], Student], cost: Callable[[], Cost], *, dry_run: bool, as_json: bool) -> None:
