@@ -13,8 +13,8 @@ demo: $(VENV)/demo  ## quantize a real model with GPTQ, compare it, keep the che
 	$(BIN)/quantforge inspect demo/checkpoints/gptq-int4-g64-asym > demo/layers.txt  # a pipe would hide its failure
 	tail -n 4 demo/layers.txt
 
-test: $(VENV)/installed  ## the whole test suite
-	$(BIN)/python -m pytest -q
+test: $(VENV)/installed  ## the whole test suite, on every core
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: $(VENV)/installed  ## linter, format, types, import directions: what pre-commit and CI run
 	$(BIN)/ruff check .
