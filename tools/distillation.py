@@ -61,7 +61,7 @@ MEMORY: tuple[tuple[Column, Value], ...] = (*COMMON, (Column("peak memory", "of 
 STUDENTS: tuple[tuple[Column, Value], ...] = (
     *COMMON,
     (Column("KL", "from the teacher, after"), kl),
-    (Column("teacher's loss", "of what the student writes, nats per token"), of_texts("teacher_loss", ".3f")),
+    (Column("teacher's loss", "of what the student writes, nats per token"), of_texts("student_nll", ".3f")),
     (Column("distinct-2", "of what the student writes"), of_texts("distinct", ".3f")),
     (Column("ExAccErr", "excess error on own prefixes"), of_texts("excess", ".1%")),
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantforge.cli.options import machine, parse_list, parse_overrides, parse_settings, weight_format
-from quantforge.cli.training import begin, calibration_of, job_of, on_the_fly, run_options
+from quantforge.cli.training import begin, calibration_of, folders, job_of, on_the_fly, refuse_unused, run_options
 from quantforge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from quantforge.training.cost import Cost
     from quantforge.training.run import Job
     from quantforge.training.students import Student
+
+_OF_METHOD = frozenset(
+    {"bits", "group_size", "symmetric", "weights", "inputs", "settings", "overrides", "calib", "calib_samples"}
+)
 
 
 @click.command()
@@ -50,7 +54,8 @@ if TYPE_CHECKING:
 @click.option("--targets", default="live", show_default=True, metavar="live|kept",
               help="Run the teacher beside the student, or keep its predictions in --out.")  # fmt: skip
 @click.option("--chunk", type=click.IntRange(1), metavar="N", help="Tokens whose logits exist at once, to save memory.")
-@run_options(lr=2e-3)
+@run_options(lr=None, lr_help="Learning rate, of scales, norms and factors relative to their size; default: 2e-3 "
+             "where only these are trained, else 1e-4.")  # fmt: skip
 @machine
 def distill(
     student: str | None,
@@ -78,15 +83,24 @@ def distill(
 
     names = ("loss", "temperature", "hard", "beta", "normalized", "skew", "share", "alpha", "prompt", "hidden")
     aim = Aim(**{name: options.pop(name) for name in names})
+    others = set(names[1:]) - set(aim.looks_at) - ({"prompt"} if options["rewritten"] else set())
+    refuse_unused(
+        others, f"is nothing that loss {aim.loss} looks at; it looks at: {', '.join(aim.looks_at) or 'nothing'}."
+    )
     calibration = calibration_of(options)
     more = {name: options.pop(name) for name in ("targets", "chunk", "rewritten")}
     kept = student is not None and os.path.isdir(student) and is_quantized(Path(student))
-    _check_together(kept=kept, method=method, parts=parts, blocks=blocks, bits=bits)
+    if method is None:
+        refuse_unused(_OF_METHOD, "is of a --method that quantizes the student; name one, such as gptq.")
+    _check_together(kept=kept, method=method, parts=parts, blocks=blocks)
     if teacher is None and aim.loss != "ce" and student is not None:
         raise RecipeError(249, f"loss {aim.loss} needs a teacher; name one by --teacher, or take the loss ce.")
     taught = aim.loss != "ce" or teacher is not None
     found = load.find(teacher, trust_remote_code=trust_remote_code) if taught else None
-    job = job_of("distill", found, aim, options, **more)
+    wanted = tuple(parse_list(parts)) or ("scales", "norms")
+    if options["lr"] is None:
+        options["lr"] = 2e-3 if (kept or method) and not {"weights", "biases"} & set(wanted) else 1e-4
+    job = job_of("distill", found, aim, options, inputs=folders(student, teacher), **more)
     source = None if kept else load.find(student, trust_remote_code=trust_remote_code)
     chosen = None
     if method is not None:
@@ -100,7 +114,6 @@ def distill(
             settings=parse_settings(settings),
             overrides=parse_overrides(overrides),
         )
-    wanted = tuple(parse_list(parts)) or ("scales", "norms")
 
     def build() -> Student:
         from quantforge.training import students
@@ -111,7 +124,7 @@ def distill(
         if chosen is None:
             return students.floats(source, job.device, blocks)
         result = students.quantize(source, chosen, job.device, calibration)
-        return students.quantized(result, students.recipe_facts(source, chosen, calibration), wanted)
+        return students.quantized(result, students.recipe_facts(source, chosen, result), wanted)
 
     def cost() -> Cost:
         return _cost(job, source, chosen, wanted, blocks, student)
@@ -119,12 +132,10 @@ def distill(
     begin(job, build, cost, dry_run=dry_run, as_json=as_json)
 
 
-def _check_together(*, kept: bool, method: str | None, parts: str, blocks: int | None, bits: int | None) -> None:
+def _check_together(*, kept: bool, method: str | None, parts: str, blocks: int | None) -> None:
     """Refuse options that say nothing of this student."""
     if method is not None and kept:
         raise RecipeError(249, "the student is quantized already: leave out --method, or name its float model.")
-    if bits is not None and method is None:
-        raise RecipeError(249, "--bits is of a --method that quantizes the student; name one, such as gptq.")
     if parts and method is None and not kept:
         raise RecipeError(249, f"--train {parts} is of a quantized student; all of a float one is trained.")
     if blocks is not None and (kept or method is not None):
@@ -135,19 +146,19 @@ def _cost(
     job: Job, source: Source | None, chosen: Recipe | None, parts: tuple[str, ...], blocks: int | None, name: str | None
 ) -> Cost:
     """Return what the run takes."""
-    from quantforge import plan as planning
+    from quantforge import api
     from quantforge.training import cost, cut, recover, run, students
 
     if source is None:
         result, _ = students.opened(str(name), "cpu")
         trained = sum(students.trained(recover.open_student(result, parts)).values())
         config: Any = result.model.config
-        return run.cost(job, config, weights=result.bytes_after + 4 * trained, trained=trained)
+        held = cost.held(result.plan, unpacked=True)
+        return run.cost(job, config, weights=held + 4 * trained, trained=trained)
     if chosen is None:
         config = source.config if blocks is None else cut.config_of(source.config, blocks)
         count = cost.parameters(config)
         return run.cost(job, config, weights=4 * count, trained=count)
-    skeleton = source.skeleton()
-    plan = planning.make(skeleton, chosen, source.dtype)
+    skeleton, plan = source.skeleton(), api.prepare(source, chosen, None)
     trained = cost.planned(plan, skeleton, parts)
-    return run.cost(job, source.config, weights=plan.bytes_after + 4 * trained, trained=trained)
+    return run.cost(job, source.config, weights=cost.held(plan, unpacked=True) + 4 * trained, trained=trained)

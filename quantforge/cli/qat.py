@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantforge.cli.options import machine
-from quantforge.cli.training import begin, job_of, run_options
+from quantforge.cli.training import begin, folders, job_of, run_options
 
 if TYPE_CHECKING:
     from quantforge.training.cost import Cost
@@ -42,13 +42,12 @@ def qat(
     With --data self it needs no data: the float model writes its training text.
     """
     from quantforge import api, recipe
-    from quantforge import plan as planning
     from quantforge.models import load
     from quantforge.training import cost, run
     from quantforge.training.run import Aim
 
     source = load.find(model, trust_remote_code=trust_remote_code)
-    job = job_of("qat", source, Aim("fkl"), options)
+    job = job_of("qat", source, Aim("fkl"), options, inputs=folders(model))
     chosen = recipe.load("rtn", weights=weights, inputs=None if inputs == "none" else inputs)
     cache = None if kv == "none" else api.cache_format(kv)
 
@@ -59,7 +58,7 @@ def qat(
 
     def costs() -> Cost:
         skeleton = source.skeleton()
-        plan = planning.make(skeleton, chosen, source.dtype)
+        plan = api.prepare(source, chosen, None)
         trained = cost.planned(plan, skeleton, ("weights", "norms", "biases"))
         return run.cost(job, source.config, weights=4 * cost.parameters(source.config), trained=trained)
 

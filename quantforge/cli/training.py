@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from quantforge.cli.options import print_result, text_files, windows_option
 from quantforge.errors import RecipeError
@@ -26,8 +27,10 @@ _SETTINGS = ("steps", "batch_size", "micro_batch", "lr", "schedule", "warmup", "
 _OURS = ("max_grad_norm", "save_every")
 
 
-def run_options(lr: float, seq_len: int = 512) -> Callable[[Command], Command]:
-    """Add the options of text, steps, optimizer, evaluation and output; lr and seq_len: their defaults."""
+def run_options(
+    lr: float | None, schedule: str = "cosine", max_grad_norm: float = 1.0, lr_help: str = "Learning rate."
+) -> Callable[[Command], Command]:
+    """Add the options of text, steps, optimizer, evaluation and output; the arguments are defaults."""
 
     def add(command: Command) -> Command:
         for option in (
@@ -38,27 +41,28 @@ def run_options(lr: float, seq_len: int = 512) -> Callable[[Command], Command]:
             click.option("--texts", default=0, show_default=True, type=click.IntRange(0), metavar="N",
                          help="Texts that both models write at the end, to be compared in the report."),
             windows_option,
+            click.option("--eval-seq-len", type=click.IntRange(2), metavar="N",
+                         help="Tokens of an evaluation window; default: 512, or the model's positions."),
             click.option("--eval", "evaluation", default="python-docs", show_default=True, metavar="SET|FILE",
                          help="Evaluation text, scored before and after."),
             click.option("--save-every", default=100, show_default=True, type=int, metavar="N",
                          help="Steps after which the state is kept."),
             click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
                          help="Of the order of windows and of all that is drawn."),
-            click.option("--max-grad-norm", default=1.0, show_default=True, type=float, metavar="X",
+            click.option("--max-grad-norm", default=max_grad_norm, show_default=True, type=float, metavar="X",
                          help="Larger gradients are scaled down to this norm; 0: never."),
             click.option("--optimizer", default="adamw", show_default=True,
                          metavar="adamw|adamw8bit|paged-adamw|paged-adamw8bit", help="States in 32 or 8 bits."),
             click.option("--weight-decay", default=0.0, show_default=True, type=float, help="Of matrices."),
             click.option("--warmup", default=0, show_default=True, type=int, metavar="N", help="Steps."),
-            click.option("--schedule", default="cosine", show_default=True, metavar="constant|cosine|linear",
+            click.option("--schedule", default=schedule, show_default=True, metavar="constant|cosine|linear",
                          help="Of the learning rate."),
-            click.option("--lr", default=lr, show_default=True, type=float, metavar="X",
-                         help="Learning rate; of scales, norms and factors relative to their size."),
+            click.option("--lr", default=lr, show_default=lr is not None, type=float, metavar="X", help=lr_help),
             click.option("--micro-batch", type=int, metavar="N", help="Windows at once; default: all of a step."),
             click.option("--batch-size", default=4, show_default=True, type=int, metavar="N",
                          help="Windows of a step."),
             click.option("--steps", default=100, show_default=True, type=int, metavar="N", help="Optimizer steps."),
-            click.option("--seq-len", default=seq_len, show_default=True, type=click.IntRange(2),
+            click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2),
                          help="Tokens of a training window."),
             click.option("--samples", type=click.IntRange(1), metavar="N",
                          help="Training windows; default: all of the text."),
@@ -96,7 +100,21 @@ def settings_of(options: dict[str, Any]) -> Settings:
 
 def calibration_of(options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `api.token_ids` for a method's calibration, taken out of the options."""
-    return {"text": options.pop("calib"), "count": options.pop("calib_samples"), "seq_len": 512}
+    return {"text": options.pop("calib"), "count": options.pop("calib_samples")}
+
+
+def refuse_unused(names: Collection[str], why: str) -> None:
+    """Raise RecipeError if one of these parameters was given on the command line, where nothing looks at it."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise RecipeError(249, f"{option.opts[0]} {why}")
+
+
+def folders(*models: str | None) -> tuple[Path, ...]:
+    """Return the models that are folders, into which nothing may be written."""
+    return tuple(Path(model) for model in models if model is not None and Path(model).is_dir())
 
 
 def job_of(kind: str, teacher: Source | None, aim: Aim, options: dict[str, Any], **more: Any) -> Job:
@@ -108,7 +126,7 @@ def job_of(kind: str, teacher: Source | None, aim: Aim, options: dict[str, Any],
     reading = Reading(*(options.pop(name) for name in ("encoding", "errors", "bad_lines")))
     more |= {"windows": options.pop("windows") or None, "prompts": options.pop("texts"), "reading": reading}
     command = shlex.join(["quantforge", *sys.argv[1:]])
-    names = ("data", "samples", "seq_len", "evaluation", "out", "resume", "device")
+    names = ("data", "samples", "seq_len", "evaluation", "eval_seq_len", "out", "resume", "device")
     wishes = {name: options.pop(name) for name in names}
     return Job(kind, teacher, aim, settings, command=command, **wishes, **more)
 
@@ -127,6 +145,6 @@ def begin(job: Job, build: Callable[[], Student], cost: Callable[[], Cost], *, d
     if job.out is None:
         raise RecipeError(213, "--out DIR is missing: where should the run be kept? (--dry-run needs none)")
     made = run.run(build, job)
-    if not made.after:
+    if made.after is None:
         return  # another process has it
     print_result(results.to_json(made) if as_json else f"{pages.to_text(made)}\n{job.out / 'training.html'}")

@@ -126,6 +126,20 @@ def planned(plan: Plan, skeleton: nn.Module, parts: Iterable[str]) -> int:
     return found
 
 
+def held(plan: Plan, *, unpacked: bool) -> int:
+    """Return the bytes of a quantized student in training: codes, two a byte where they fit, and floats in float32.
+
+    unpacked  whether the codes are kept in a byte each besides, to be saved again
+    """
+    found = 4 * plan.kept[0]
+    for p in plan.layers.values():
+        weights = p.shape[0] * p.shape[1]
+        found += weights // 2 if p.format.grid.bits <= 4 else weights
+        found += weights if unpacked else 0
+        found += max(p.nbits - weights * p.format.grid.bits, 0) // 8
+    return found
+
+
 def adapters(plan: Plan, rank: int) -> int:
     """Return how many numbers adapters of this rank have on every layer of `plan`: rank · (in + out) each."""
     return sum(rank * sum(p.shape) for p in plan.layers.values())

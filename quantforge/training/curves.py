@@ -44,5 +44,5 @@ def figure(run: Training, width: float = drawing.WIDE) -> Figure:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(drawing.tick))
         axes.set_xlabel("thousand tokens trained on", loc="right", color=SOFT)
-        axes.set_title("loss, nats per token", loc="left", color=SOFT, fontsize=9.5)
+        axes.set_title("loss", loc="left", color=SOFT, fontsize=9.5)
     return made

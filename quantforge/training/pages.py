@@ -67,9 +67,9 @@ def text_table(run: Training) -> Table:
     if found is None:
         return Table("Texts", columns, ())
     rows = (
-        (Cell("the student"), Cell(number(found.teacher_loss, ".3f")), Cell(number(found.distinct, ".3f")),
+        (Cell("the student"), Cell(number(found.student_nll, ".3f")), Cell(number(found.distinct, ".3f")),
          Cell(number(found.excess, ".1%"))),
-        (Cell("the teacher"), Cell(number(found.own_loss, ".3f")), Cell(number(found.of_teacher, ".3f")),
+        (Cell("the teacher"), Cell(number(found.teacher_nll, ".3f")), Cell(number(found.of_teacher, ".3f")),
          Cell(MISSING)),
     )  # fmt: skip
     return Table("Texts", columns, rows)
@@ -84,7 +84,10 @@ def lead(run: Training) -> str:
     if run.level is None:
         return f"{said}; {cost}."
     level = f"the teacher has {perplexity(run.level.perplexity)}"
-    share = f", so {run.recovered:.0%} of what was lost is back" if math.isfinite(run.recovered) else ""
+    share = ""
+    if math.isfinite(run.recovered):
+        back = f"so {run.recovered:.0%} of what was lost is back" if run.recovered >= 0 else "so it became worse"
+        share = f", {back}"
     return f"{said}; {level}{share}. {cost[0].upper()}{cost[1:]}."
 
 

@@ -45,16 +45,16 @@ class Texts:
     """What the texts show that a student writes after prompts of the evaluation text.
 
     prompts, new   how many texts, and tokens written in each
-    teacher_loss   −log p of the student's tokens under the teacher, nats per token
-    own_loss       the same of the texts that the teacher writes after the same prompts
+    student_nll    −log p of the student's tokens under the teacher, nats per token
+    teacher_nll    the same of the texts that the teacher writes after the same prompts
     distinct       share of different ones among the student's pairs of tokens; of_teacher: among the teacher's
     excess         ExAccErr: how much more the student errs on its own prefixes than on the teacher's
     """
 
     prompts: int
     new: int
-    teacher_loss: float
-    own_loss: float
+    student_nll: float
+    teacher_nll: float
     distinct: float
     of_teacher: float
     excess: float
@@ -83,7 +83,7 @@ class Training:
     texts          what the student's own texts show after training; None if none were written
     bits_per_weight of the quantized layers; NaN for a float student
     seconds        of training, without evaluation
-    peak_memory    bytes that the process (on CUDA its tensors) held at most while it trained; None: unknown
+    peak_memory    bytes that the process (on CUDA its tensors) held at most in training; None: unknown, or resumed
     """
 
     schema: str

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import shutil
-import time
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from quantforge.distill.gkd import gkd_objective, is_on_policy
 from quantforge.distill.losses import KINDS, Objective
 from quantforge.errors import PlanError, RecipeError, pick
 from quantforge.evaluation import perplexity
-from quantforge.evaluation.reference import Reference
+from quantforge.evaluation.reference import Reference, digest
 from quantforge.memory import PeakMemory
 from quantforge.models import load as loading
 from quantforge.progress import bar
@@ -73,7 +72,7 @@ class Aim:
         if self.loss in KINDS:
             self.objective()
         if self.loss == "gkd":
-            gkd_objective(self.beta)
+            self.objective()
             is_on_policy(self.share, 0, 0)
         if not 0 <= self.alpha < 1:
             raise RecipeError(
@@ -81,23 +80,29 @@ class Aim:
             )
         if self.loss in WRITING and self.hard:
             raise RecipeError(240, f"{self.loss} has no share of cross-entropy (hard {self.hard:g}); fkl or jsd have.")
-        if self.hidden < 0 or (self.hidden and self.loss not in KINDS):
+        if not 0 <= self.hidden < math.inf or (self.hidden and self.loss not in KINDS):
             raise RecipeError(249, f"hidden {self.hidden:g} is a weight of at least 0, of fkl, rkl, jsd and skew-kl.")
 
+    @property
+    def looks_at(self) -> tuple[str, ...]:
+        """Return the names of the options that the loss looks at."""
+        return {
+            "jsd": ("temperature", "hard", "beta", "normalized", "hidden"),
+            "skew-kl": ("temperature", "hard", "skew", "hidden"),
+            "gkd": ("beta", "normalized", "share", "prompt"),
+            "minillm": ("alpha", "prompt"),
+            "ce": (),
+        }.get(self.loss, ("temperature", "hard", "hidden"))
+
     def objective(self) -> Objective:
-        """Return the divergence of a loss that is one."""
+        """Return the divergence of a loss that is one; that of gkd is JSD."""
+        if self.loss == "gkd":
+            return Objective("jsd", beta=self.beta, normalized=True) if self.normalized else gkd_objective(self.beta)
         return Objective(self.loss, self.temperature, self.hard, self.beta, self.normalized, self.skew)
 
     def record(self) -> dict[str, Any]:
         """Return what the loss looks at, as plain JSON values."""
-        own = {
-            "jsd": ("temperature", "hard", "beta", "normalized", "hidden"),
-            "skew-kl": ("temperature", "hard", "skew", "hidden"),
-            "gkd": ("beta", "share", "prompt"),
-            "minillm": ("alpha", "prompt"),
-            "ce": (),
-        }.get(self.loss, ("temperature", "hard", "hidden"))
-        return {"loss": self.loss, **{name: getattr(self, name) for name in own}}
+        return {"loss": self.loss, **{name: getattr(self, name) for name in self.looks_at}}
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,12 @@ class Job:
     teacher     the float model whose predictions are aimed at, and those the KL is measured from; None with loss ce
     data        a set, a file, or "self": text that the teacher writes; samples: windows of it, all if None
     evaluation  text that the student is scored on before and after; windows: None is all
+    eval_seq_len  tokens of its windows; None: 512, or as many as the model has positions for
     prompts     texts that both models write for the report after training; new: their tokens. 0: none
     rewritten   train on what the teacher writes after the first `aim.prompt` tokens of each window (sequence-level
                 distillation); it is kept in `out`
     reading     how text files are read
+    inputs      folders of models, into which nothing is written
     targets     "live": the teacher runs beside the student; "kept": its predictions are made once and kept in `out`
     """
 
@@ -123,12 +130,14 @@ class Job:
     seq_len: int = 512
     evaluation: str = "python-docs"
     windows: int | None = 48
+    eval_seq_len: int | None = None
     prompts: int = 0
     new: int = 64
     rewritten: bool = False
     targets: str = "live"
     chunk: int | None = None
     reading: Reading = STRICT
+    inputs: tuple[Path, ...] = ()
     device: str = "cpu"
     out: Path | None = None
     resume: bool = False
@@ -140,6 +149,14 @@ class Job:
             raise RecipeError(249, f"loss {self.aim.loss} needs a teacher; name one by --teacher, or take the loss ce.")
         if self.targets == "kept" and self.aim.loss in WRITING:
             raise RecipeError(249, f"{self.aim.loss} needs a live teacher, which can read what the student writes.")
+        if self.targets == "kept" and (self.aim.loss == "rkl" or self.aim.temperature != 1 or self.aim.hidden):
+            raise RecipeError(
+                249,
+                "kept targets are the likeliest tokens at temperature 1: rkl, another temperature and hidden states "
+                "need --targets live.",
+            )
+        if self.aim.hidden and self.chunk is not None:
+            raise RecipeError(249, "hidden states are compared along with whole logits: leave out the chunk.")
         if self.rewritten and (self.teacher is None or self.out is None):
             raise RecipeError(249, "text that the teacher writes needs a teacher, and a folder to be kept in (--out).")
         if (self.aim.loss in WRITING or self.rewritten) and not 0 < self.aim.prompt < self.seq_len:
@@ -148,6 +165,11 @@ class Job:
             )
         if self.data == corpus.SELF and self.samples is None:
             raise RecipeError(249, "text that the teacher writes needs a number of windows: --samples 256, say.")
+
+    @property
+    def beside(self) -> bool:
+        """Tell whether the teacher runs beside the student."""
+        return self.teacher is not None and self.targets == "live" and self.aim.loss != "ce"
 
 
 def check(job: Job) -> None:
@@ -160,8 +182,11 @@ def check(job: Job) -> None:
         raise RecipeError(249, "text of the model itself is written by a teacher; name one by --teacher.")
     if job.out is None:
         return
-    check_report_folder(job.out, None if job.teacher is None else job.teacher.path)
+    for folder in (None, *job.inputs):
+        check_report_folder(job.out, folder)
     if job.resume:
+        if not (job.out / state.NAME).is_dir():
+            raise PlanError(293, f"there is no {job.out / state.NAME} to resume from; start without --resume.")
         return
     state.refuse_old(job.out)
     if (job.out / CHECKPOINT).exists():
@@ -172,7 +197,6 @@ def cost(job: Job, config: Any, *, weights: int, trained: int, checkpointing: bo
     """Return what the run would take, from the student's config alone."""
     settings = job.settings
     micro = settings.micro_batch or settings.batch_size
-    live = job.teacher is not None and job.targets == "live" and job.aim.loss != "ce"
     return estimate(
         config,
         weights=weights,
@@ -181,7 +205,7 @@ def cost(job: Job, config: Any, *, weights: int, trained: int, checkpointing: bo
         micro_batch=micro,
         seq_len=job.seq_len,
         tokens=settings.steps * settings.batch_size * job.seq_len,
-        teacher=job.teacher.config if live and job.teacher is not None else None,
+        teacher=job.teacher.config if job.beside and job.teacher is not None else None,
         checkpointing=checkpointing,
     )
 
@@ -194,28 +218,15 @@ def run(build: Callable[[], Student], job: Job) -> Training:
     """
     first = PartialState(cpu=job.device == "cpu").is_main_process
     student = build()
-    teacher = None if job.teacher is None else loading.model(job.teacher, job.device)
-    if job.teacher is not None:
-        own = loading.tokenizer(job.teacher)
-        teachers.check_pair(student.tokenizer, own, student.config, job.teacher.config)
+    teacher = _open_teacher(student, job)
     ids, data = _training_text(student, job, teacher)
-    if job.rewritten and teacher is not None:
-        ids = _rewritten(student, job, teacher, ids)
-        data = {**data, "rewritten": "by the teacher, after the prompt of each window"}
     windows, evaluation = _evaluation_text(student, job)
-    made = _record(student, job, data, evaluation)
-    reference = None
-    if first and teacher is not None and job.teacher is not None:
-        reference, level = api.kept_reference(teacher, windows, job.teacher.fingerprint(job.device))
-        made = replace(made, level=Scored(level.losses))
+    made, reference = _record(student, job, data, evaluation), None
     if first:
-        made = replace(made, before=_before(student, job, windows, reference))
-    out = job.out if first else None
-    if out is not None:
-        pages.write(made, out)
+        made, reference = _begun(made, student, job, teacher, windows)
     loss, prepare = _step(student, job, teacher, ids)
+    teacher = None  # which the loss holds, if it runs beside the student
     rates = students.rates(student.model)
-    start = time.perf_counter()
     with PeakMemory(job.device, above=0) as memory:
         curve = train(
             student.model,
@@ -225,22 +236,52 @@ def run(build: Callable[[], Student], job: Job) -> Training:
             prepare=prepare,
             out=job.out,
             resume=job.resume,
-            facts=_facts(student, job),
+            facts={**_facts(student, job), "evaluation": digest(windows)},
             lr_of=rates.__getitem__,
         )
     student = _whole(student, build)
-    made = replace(made, steps=_points(curve), seconds=time.perf_counter() - start, peak_memory=memory.bytes)
-    if not first:
-        return made
-    done = student.finish()
+    peak = None if job.resume else memory.bytes
+    made = replace(made, steps=_points(curve), seconds=sum(curve.seconds), peak_memory=peak)
+    return _ended(made, student, job, windows, reference) if first else made
+
+
+def _open_teacher(student: Student, job: Job) -> nn.Module | None:
+    """Load the teacher, if there is one; PlanError if its predictions are not of the student's tokens."""
+    if job.teacher is None:
+        return None
+    own = loading.tokenizer(job.teacher)
+    teachers.check_pair(student.tokenizer, own, student.config, job.teacher.config)
+    return loading.model(job.teacher, job.device)
+
+
+def _begun(
+    made: Training, student: Student, job: Job, teacher: nn.Module | None, windows: Tensor
+) -> tuple[Training, Reference | None]:
+    """Score the teacher, and the student before it is trained; keep that, unless it goes on with a run."""
+    reference = None
+    if teacher is not None and job.teacher is not None:
+        reference, level = api.kept_reference(teacher, windows, job.teacher.fingerprint(job.device))
+        made = replace(made, level=Scored(level.losses))
+    made = replace(made, before=_before(student, job, windows, reference))
+    if job.out is not None and not job.resume:  # what a finished run says stays until there is more to say
+        pages.write(made, job.out)
+    return made, reference
+
+
+def _ended(made: Training, student: Student, job: Job, windows: Tensor, reference: Reference | None) -> Training:
+    """Score the trained student, and keep it."""
+    done = student.model if student.rounds_cache else student.finish()
     made = replace(made, after=_scored("after", done, windows, reference))
-    if job.prompts and teacher is not None:
+    if job.prompts and job.teacher is not None:
+        teacher = loading.model(job.teacher, job.device)
         with bar("texts", 1) as step:
             made = replace(made, texts=texts.measure(done, teacher, windows[: job.prompts, : job.new], job.new))
             step("")
-    if out is not None:
-        _save(student, out / CHECKPOINT)
-        pages.write(made, out)
+    if student.rounds_cache:
+        student.finish()
+    if job.out is not None:
+        student.save(job.out / CHECKPOINT, job.resume)
+        pages.write(made, job.out)
     return made
 
 
@@ -257,22 +298,13 @@ def _whole(student: Student, build: Callable[[], Student]) -> Student:
     return fresh
 
 
-def _save(student: Student, folder: Path) -> None:
-    """Write what came of the student; in the place of what came of fewer steps, if the run was resumed."""
-    aside = folder.with_name(f"{folder.name}-before")
-    if folder.exists():
-        folder.rename(aside)
-    student.save(folder)
-    if aside.exists():
-        shutil.rmtree(aside)
-
-
 def _training_text(student: Student, job: Job, teacher: nn.Module | None) -> tuple[Tensor, dict[str, Any]]:
+    """Return the training windows, and where they came from; RecipeError if they do not fill a step."""
     writer = None
     if teacher is not None and job.teacher is not None:
         source = job.teacher
         writer = api.Writer(lambda: teacher, lambda: source.fingerprint(job.device))
-    return api.token_ids(
+    ids, data = api.token_ids(
         job.data,
         "calibration",
         tokenizer=student.tokenizer,
@@ -283,6 +315,13 @@ def _training_text(student: Student, job: Job, teacher: nn.Module | None) -> tup
         writer=writer,
         reading=job.reading,
     )
+    size = job.settings.batch_size
+    if len(ids) < size:
+        raise RecipeError(246, f"batch_size {size} is more than the {len(ids)} windows of the training text.")
+    if job.rewritten and teacher is not None:
+        ids = _rewritten(student, job, teacher, ids)
+        data = {**data, "rewritten": "by the teacher, after the prompt of each window"}
+    return ids, data
 
 
 def _rewritten(student: Student, job: Job, teacher: nn.Module, ids: Tensor) -> Tensor:
@@ -301,7 +340,7 @@ def _evaluation_text(student: Student, job: Job) -> tuple[Tensor, dict[str, Any]
         "evaluation",
         tokenizer=student.tokenizer,
         config=student.config,
-        seq_len=512,
+        seq_len=job.eval_seq_len or students.usual_length(student.config),
         count=job.windows,
         reading=job.reading,
     )
@@ -353,8 +392,7 @@ def _step(student: Student, job: Job, model: nn.Module | None, ids: Tensor) -> t
     if aim.loss == "ce" or model is None:
         return steps.language_model(chunk=job.chunk), steps.after_prompt(aim.prompt) if job.rewritten else None
     if aim.loss == "gkd":
-        objective = gkd_objective(aim.beta)
-        loss, write = steps.gkd(Live(model), objective, share=aim.share, prompt=aim.prompt, seed=seed)
+        loss, write = steps.gkd(Live(model), aim.objective(), share=aim.share, prompt=aim.prompt, seed=seed)
         return loss, _after(aim.prompt, write)
     if aim.loss == "minillm":
         size = job.settings.batch_size

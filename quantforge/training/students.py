@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from quantforge import api, checkpoint
@@ -18,7 +20,7 @@ from quantforge.models import load as loading
 from quantforge.models.kvcache import KVFormat
 from quantforge.recipe import Recipe
 from quantforge.result import Result
-from quantforge.store import check_target, publish
+from quantforge.store import publish
 from quantforge.training import cut, qat, qlora, recover
 from quantforge.training.qlora import Adapters
 
@@ -37,8 +39,9 @@ class Student:
     name     of the model it came from; method: label of its format, "" for floats
     model    computes as it will be saved; what is trained has `requires_grad`
     facts    what it was made of, so that no other run is resumed with it
-    finish   puts what was trained back in place, and returns the model that is scored
-    save     writes it to a new folder, whole or not at all; after `finish`
+    finish   puts what was trained back in place, and returns the model
+    save     (folder, overwrite) writes it, whole or not at all; after `finish`
+    rounds_cache  whether it rounds its cache, which it does no more after `finish`: so it is scored before
     """
 
     name: str
@@ -50,7 +53,8 @@ class Student:
     bits_per_weight: float
     notes: tuple[str, ...]
     finish: Callable[[], nn.Module]
-    save: Callable[[Path], object]
+    save: Callable[[Path, bool], object]
+    rounds_cache: bool = False
 
 
 def trained(model: nn.Module) -> dict[str, int]:
@@ -100,9 +104,8 @@ def floats(source: loading.Source, device: str, blocks: int | None = None) -> St
         done: nn.Module = model.eval()
         return done
 
-    def save(folder: Path) -> None:
-        check_target(folder, overwrite=False)
-        with publish(folder) as staging, loading.quiet():
+    def save(folder: Path, overwrite: bool) -> None:
+        with publish(folder, overwrite=overwrite) as staging, loading.quiet():
             model.to(source.dtype).save_pretrained(staging)
             tokenizer.save_pretrained(staging)
 
@@ -125,7 +128,7 @@ def quantized(result: Result, facts: dict[str, Any], parts: Iterable[str] = ("sc
         model,
         {**facts, "parts": sorted(wanted)},
         finish,
-        lambda folder: settled[0].save(folder),
+        _saved(settled),
     )
 
 
@@ -138,7 +141,7 @@ def rounded(
     limit: float | None = None,
 ) -> Student:
     """Return a float model that is trained with all rounding of `chosen` in its forward; see `qat.open_student`."""
-    plan = planning.with_notes(planning.make(source.skeleton(), chosen, source.dtype), source.notes)
+    plan = planning.with_notes(api.prepare(source, chosen, None), source.notes)
     tokenizer = loading.tokenizer(source)
     model = qat.open_student(loading.model(source, device), plan, kv=kv, limit=limit)
     settled = list[Result]()
@@ -151,23 +154,30 @@ def rounded(
     facts = {"student": source.digest(), "method": label, "limit": limit}
     return Student(
         source.name, label, model, source.config, tokenizer, facts, plan.bits_per_weight, plan.notes, finish,
-        lambda folder: settled[0].save(folder),
+        _saved(settled), rounds_cache=kv is not None,
     )  # fmt: skip
 
 
-def adapted(result: Result, adapters: Adapters, facts: dict[str, Any], float_model: nn.Module | None = None) -> Student:
+def adapted(
+    result: Result, adapters: Adapters, facts: dict[str, Any], base: Path, float_model: nn.Module | None = None
+) -> Student:
     """Return a quantized model that stays, with adapters that are trained; see `qlora.open_student`.
 
-    It saves the adapters; the folder of the base is what they are for.
+    base  the folder of what the adapters are for. One that is not there yet is written: `result`, or if its low-rank
+          factors become the adapters' start, `result` without them
     """
+    if not base.exists() and PartialState().is_main_process:
+        own = adapters.start == "lorc" and float_model is None
+        (qlora.without_factors(result) if own else result).save(base)
     model = qlora.open_student(result, adapters, float_model)
+    model.peft_config["default"].base_model_name_or_path = str(base)
 
     def finish() -> nn.Module:
         done: nn.Module = model.eval()
         return done
 
-    def save(folder: Path) -> None:
-        qlora.save(model, folder)
+    def save(folder: Path, overwrite: bool) -> None:
+        qlora.save(model, folder, overwrite=overwrite)
 
     return _of(result, model, {**facts, "adapters": repr(adapters)}, finish, save)
 
@@ -180,7 +190,12 @@ def quantize(source: loading.Source, chosen: Recipe, device: str, calibration: d
     ids, provenance = None, dict[str, Any]()
     if plan.needs:
         ids, provenance = api.token_ids(
-            part="calibration", tokenizer=tokenizer, config=source.config, writer=writer, **calibration
+            part="calibration",
+            tokenizer=tokenizer,
+            config=source.config,
+            writer=writer,
+            seq_len=usual_length(source.config),
+            **calibration,
         )
     return api.run(writer.build(), plan, ids, tokenizer=tokenizer, source=source.name, calibration=provenance)
 
@@ -199,9 +214,22 @@ def opened(folder: str, device: str) -> tuple[Result, dict[str, Any]]:
     return result, {"student": loading.fingerprint(files)}
 
 
-def recipe_facts(source: loading.Source, chosen: Recipe, calibration: dict[str, Any]) -> dict[str, Any]:
-    """Return what tells a model quantized on the fly from others."""
-    return {"student": source.digest(), "method": chosen.label, "options": repr(chosen), "calibration": calibration}
+def recipe_facts(source: loading.Source, chosen: Recipe, result: Result) -> dict[str, Any]:
+    """Return what tells a model quantized on the fly from others: its codes too, which other threads may change."""
+    codes = sha256()
+    for layer in result.layers:
+        codes.update(layer.weight.base.codes.cpu().contiguous().numpy().tobytes())
+    return {"student": source.digest(), "method": chosen.label, "options": repr(chosen), "codes": codes.hexdigest()}
+
+
+def usual_length(config: Any) -> int:
+    """Return the tokens of a window where nothing else is said: 512, or as many as the model has positions for."""
+    return min(512, getattr(config.get_text_config(), "max_position_embeddings", None) or 512)
+
+
+def _saved(settled: list[Result]) -> Callable[[Path, bool], object]:
+    """Return what saves the result that will be settled."""
+    return lambda folder, overwrite: settled[0].save(folder, overwrite=overwrite)
 
 
 def _of(
@@ -209,7 +237,7 @@ def _of(
     model: nn.Module,
     facts: dict[str, Any],
     finish: Callable[[], nn.Module],
-    save: Callable[[Path], object],
+    save: Callable[[Path, bool], object],
 ) -> Student:
     """Return the student that a quantized model became."""
     config: Any = result.model.config

@@ -31,8 +31,8 @@ def measure(student: nn.Module, teacher: nn.Module, prompts: Tensor, new: int, s
     return Texts(
         prompts=len(prompts),
         new=new,
-        teacher_loss=float(own_loss.mean()),
-        own_loss=float(their_loss.mean()),
+        student_nll=float(own_loss.mean()),
+        teacher_nll=float(their_loss.mean()),
         distinct=distinct(tokens[0]),
         of_teacher=distinct(tokens[1]),
         excess=float(found.excess[-1]),

@@ -92,10 +92,18 @@ def test_stopping_and_resuming_gives_the_same_run(rounded, distilled, tmp_path):
     run(*args, "--out", parts, "--resume")
     assert [s.loss for s in record(parts).steps] == [s.loss for s in record(whole).steps]
     assert record(parts).after == record(whole).after
+    files = {p: p.read_bytes() for p in parts.rglob("*") if p.is_file()}
     refused = run(*args, "--out", parts, "--resume", "--lr", 0.02)
     assert refused.exit_code == 2
     assert "lr" in refused.stderr
     assert "0.02" in refused.stderr
+    (tmp_path / "other.txt").write_text("Other text than before. " * 400)
+    refused = run(*args, "--out", parts, "--resume", "--eval", tmp_path / "other.txt")
+    assert refused.exit_code == 2
+    assert "evaluation" in refused.stderr
+    assert {p: p.read_bytes() for p in parts.rglob("*") if p.is_file()} == files
+    assert run(*args, "--out", tmp_path / "nothing", "--resume").exit_code == 2
+    assert not (tmp_path / "nothing").exists()
     again = run(*args, "--out", parts)
     assert again.exit_code == 2
     assert len(again.stderr.strip().splitlines()) == 1
@@ -123,16 +131,19 @@ def test_a_student_is_cut_from_its_teacher_and_saved_as_an_ordinary_model(tmp_pa
 
 
 @pytest.mark.parametrize("loss", ["rkl", "skew-kl", "gkd", "minillm", "ce"])
-def test_every_loss_runs(loss, rounded, tmp_path):
-    done = run("distill", rounded, "--teacher", TINY, "--loss", loss, *FEW, "--steps", 2, "--prompt", 24, "--lr", 0.002,
+def test_every_loss_makes_the_student_better(loss, rounded, tmp_path):
+    prompt = ("--prompt", 24) if loss in ("gkd", "minillm") else ()
+    done = run("distill", rounded, "--teacher", TINY, "--loss", loss, *FEW, "--steps", 4, *prompt, "--lr", 0.005,
                "--out", tmp_path / "run")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert record(tmp_path / "run").aim["loss"] == loss
+    made = record(tmp_path / "run")
+    assert made.aim["loss"] == loss
+    assert made.after.loss < made.before.loss
 
 
 def test_a_student_learns_what_the_teacher_writes_and_how_its_blocks_see_it(rounded, tmp_path):
-    args = ["distill", rounded, "--teacher", TINY, *FEW, "--steps", 2, "--prompt", 16, "--lr", 0.002]
-    done = run(*args, "--rewritten", "--hidden", 0.5, "--out", tmp_path / "run")
+    args = ["distill", rounded, "--teacher", TINY, *FEW, "--steps", 2, "--lr", 0.002]
+    done = run(*args, "--rewritten", "--prompt", 16, "--hidden", 0.5, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     made = record(tmp_path / "run")
     assert "rewritten" in made.data
@@ -168,6 +179,50 @@ def test_qlora_saves_adapters_that_peft_loads(tmp_path):
     tokenizer = load.read_tokenizer(TINY)
     found = quantforge.evaluate(model, data="python-docs", windows=4, tokenizer=tokenizer).perplexity
     assert found == pytest.approx(made.after.perplexity, rel=1e-4)
+
+
+def test_qat_scores_before_and_after_with_the_same_rounding(tmp_path):
+    out = tmp_path / "run"
+    few = [*FEW, "--steps", 1, "--lr", 1e-12]
+    run("qat", TINY, "--weights", "int8-channel-sym", "--inputs", "none", "--kv", "int2-token", *few, "--out", out)
+    made = record(out)
+    assert made.after.loss == pytest.approx(made.before.loss, abs=1e-5)
+    found = quantforge.evaluate(str(out / "checkpoint"), data="python-docs", windows=4, kv="int2-token").perplexity
+    assert found == pytest.approx(made.after.perplexity, rel=0.02)
+
+
+def test_adapters_that_begin_at_low_rank_factors_bring_the_base_they_are_for(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, out = tmp_path / "base", tmp_path / "run"
+    quantforge.quantize(TINY, "rtn+lorc", bits=3, group_size=32, out=base, samples=4)
+    done = run("qlora", base, "--start", "lorc", "--rank", 8, "--teacher", TINY, *FEW, "--steps", 2, "--out", out)
+    assert done.exit_code == 0, done.output
+    model = peft.PeftModel.from_pretrained(checkpoint.read(out / "base", torch.float32), out / "checkpoint")
+    tokenizer = load.read_tokenizer(TINY)
+    found = quantforge.evaluate(model, data="python-docs", windows=4, tokenizer=tokenizer).perplexity
+    assert found == pytest.approx(record(out).after.perplexity, rel=1e-4)
+    told = json.loads((out / "checkpoint" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str(out / "base")
+
+
+def test_nothing_is_written_into_the_students_folder(rounded):
+    files = sorted(p.name for p in rounded.iterdir())
+    for out in (rounded, rounded / "run"):
+        done = run("distill", rounded, "--teacher", TINY, *FEW, "--out", out)
+        assert done.exit_code == 2
+        assert "own folder" in done.stderr
+    assert sorted(p.name for p in rounded.iterdir()) == files
+
+
+def test_a_model_of_few_positions_is_scored_on_as_many(tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(TINY, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    done = run("distill", small, "--teacher", small, "--method", "rtn", "--bits", 2, *FEW, "--steps", 1, "--out",
+               tmp_path / "run")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert record(tmp_path / "run").evaluation["seq_len"] == 64
 
 
 @pytest.mark.parametrize("command", ["distill", "qat", "qlora"])
@@ -225,6 +280,13 @@ def test_a_teacher_with_another_tokenizer_is_refused(other, tmp_path):
         (("--warmup", 99), "warmup"),
         (("--targets", "kept", "--loss", "gkd"), "live"),
         (("--hidden", 0.1, "--loss", "minillm"), "hidden"),
+        (("--hidden", "nan"), "hidden"),
+        (("--hidden", 1, "--chunk", 8), "chunk"),
+        (("--beta", 0.3), "--beta"),
+        (("--temperature", 2, "--loss", "gkd"), "--temperature"),
+        (("--weights", "int4-g32"), "--weights"),
+        (("--targets", "kept", "--loss", "rkl"), "live"),
+        (("--batch-size", 99), "99"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(args, says, tmp_path):
@@ -233,7 +295,7 @@ def test_bad_input_is_one_line_before_any_work(args, says, tmp_path):
     assert done.exit_code == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert says in done.stderr
-    assert not (tmp_path / "run" / "state").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_rank_than_width_is_refused(tmp_path):
