@@ -76,7 +76,7 @@ def next_logits(model: nn.Module, banned: Tensor | None = None) -> NextLogits[An
     not worked out where the model can leave them.
     banned  [vocab] bool, ids that are never written
     """
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    last = last_logits(model)
 
     def following(ids: Tensor, attention: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any]:
         cache = _cache(model.config) if state is None else state
@@ -88,6 +88,15 @@ def next_logits(model: nn.Module, banned: Tensor | None = None) -> NextLogits[An
         return (logits if banned is None else logits.masked_fill(banned, -torch.inf)), cache
 
     return following
+
+
+def last_logits(model: Any) -> dict[str, int]:
+    """Return the argument by which a model leaves out all logits but the last token's; none if it has no such one.
+
+    A wrapper of `peft` takes anything; what the model in it takes decides.
+    """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(own.forward).parameters else {}
 
 
 @contextmanager

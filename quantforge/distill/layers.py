@@ -24,8 +24,8 @@ def hidden_loss(
     """Return the squared error between hidden states [..., width], the mean over width and tokens, in float32.
 
     projection  [teacher's width, student's width], where these differ (FitNets, arXiv:1412.6550)
-    relative    divided by the mean square of the teacher's counted states: a student that gives zeros then has 1. Of
-                micro-batches each has its own divisor
+    relative    each token's error is divided by the mean square of the teacher's state there: a student that gives
+                zeros then has 1, and micro-batches add up
     Raises DataError if the shapes differ or, unless `count` is given, no token counts.
     """
     kept = student.reshape(-1, student.shape[-1])[places_of(mask, student.shape[:-1], student.device)]
@@ -35,8 +35,9 @@ def hidden_loss(
     goal = teacher.detach().reshape(-1, teacher.shape[-1])[places_of(mask, teacher.shape[:-1], teacher.device)]
     goal = goal.to(kept.dtype)
     rows = (kept - goal).square().mean(-1)
-    size = goal.square().mean() if relative and len(goal) else 1.0
-    return mean(rows, None, count) / size
+    if relative:
+        rows = rows / goal.square().mean(-1).clamp_min(torch.finfo(goal.dtype).tiny)
+    return mean(rows, None, count)
 
 
 def layerwise_loss(

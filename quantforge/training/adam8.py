@@ -1,8 +1,9 @@
 """AdamW that needs little memory for its states: 8-bit codes in blocks, or pages of a file, or both.
 
 Dettmers et al., ICLR 2022, arXiv:2110.02861: both moments are kept as codes of the dynamic 8-bit maps, in blocks of 256
-numbers that share the largest of their sizes; they are numbers of 32 bits only while a step works on them, 131,072 at
-once here. That is 2 bytes and 1/32 a parameter, where Adam has 8. Tensors of fewer than 4,096 numbers keep 32 bits.
+numbers that share the largest of their sizes; second moments above 0 never become 0, which is ours; they are numbers of
+32 bits only while a step works on them, 131,072 at once here. That is 2 bytes and 1/32 a parameter, where Adam has 8.
+Tensors of fewer than 4,096 numbers keep 32 bits.
 """
 
 from __future__ import annotations
@@ -205,7 +206,9 @@ def _update8(p: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str,
         v = from_codes(state["codes2"][part], state["largest2"][blocks], second)
         _adamw(values[part], slopes[part].float(), m, v, int(state["step"]), group)
         state["codes1"][part], state["largest1"][blocks] = to_codes(m, first)
-        state["codes2"][part], state["largest2"][blocks] = to_codes(v, second)
+        codes, state["largest2"][blocks] = to_codes(v, second)
+        # code 0 is 0: a first moment whose second one is gone would be divided by eps alone
+        state["codes2"][part] = codes.masked_fill_((codes == 0) & (v > 0), 1)
     if not p.is_contiguous():
         p.copy_(values.view_as(p))
 

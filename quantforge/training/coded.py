@@ -38,8 +38,9 @@ class CodedLinear(ComputedLinear):
     """
 
     def __init__(self, own: nn.Module, weight: QWeight, parts: frozenset[str], kept: torch.dtype) -> None:
-        """Take the place of `own`, which computes with `weight`."""
+        """Take the place of `own`, which computes with `weight`; that may lie on another device, and stays there."""
         super().__init__(own, kept)
+        weight = _moved(weight, self.device)
         base, self.parts = weight.base, parts
         self.shape, self.grid = base.shape, base.format.grid
         self.narrow = self.grid.bits <= 4 and base.shape[1] % 2 == 0
@@ -130,7 +131,12 @@ class CodedLinear(ComputedLinear):
         return straight(as_kept(value, part.scale.dtype), value)  # codes times scales are rounded to their dtype
 
     def settled(self, weight: QWeight) -> QWeight:
-        """Return `weight`, which the layer was made of, with what was trained as its format stores it."""
+        """Return `weight`, which the layer was made of, with what was trained as its format stores it.
+
+        It lies where `weight` does, wherever the layer is.
+        """
+        home = weight.base.codes.device
+        weight = _moved(weight, self.device)
         trained = {name: value.detach() for name, value in self.trained().items()}
         base, residuals = weight.base, list(weight.residuals)
         scale, zero = self._range(trained)
@@ -142,7 +148,8 @@ class CodedLinear(ComputedLinear):
         for i, factors in self._factors():
             sides = (self._stored_factor(f"factor{i}_{side}", getattr(factors, side), trained) for side in ("a", "b"))
             residuals[i] = LowRank(*sides)
-        return replace(weight, base=base, residuals=tuple(residuals))
+        found: QWeight = _moved(replace(weight, base=base, residuals=tuple(residuals)), home)
+        return found
 
     def _stored_factor(self, name: str, part: Tensor | QTensor, trained: Mapping[str, Tensor]) -> Tensor | QTensor:
         if not isinstance(part, QTensor):
@@ -218,10 +225,11 @@ def _tensors(part: Any) -> list[Tensor]:
 
 
 def _moved(part: Any, device: torch.device) -> Any:
+    """Return `part` with all its tensors on a device; itself if they are there."""
     if isinstance(part, Tensor):
         return part.to(device)
     if isinstance(part, tuple):
         return tuple(_moved(item, device) for item in part)
-    if is_dataclass(part) and not isinstance(part, type) and _tensors(part):
+    if is_dataclass(part) and not isinstance(part, type) and any(t.device != device for t in _tensors(part)):
         return replace(part, **{f.name: _moved(getattr(part, f.name), device) for f in fields(part)})
     return part

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from quantforge.distill.generate import last_logits
 from quantforge.distill.gkd import positions_of
 from quantforge.errors import ModelError
 from quantforge.evaluation.reference import after_head
@@ -100,6 +100,4 @@ def _run(model: nn.Module, batch: Batch, *, last_only: bool = False) -> Any:
     if not bool(batch.attention.all()):
         attention = batch.attention.to(device)
         given |= {"attention_mask": attention.long(), "position_ids": positions_of(attention)}
-    if last_only and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        given["logits_to_keep"] = 1
-    return model(**given)
+    return model(**given, **(last_logits(model) if last_only else {}))

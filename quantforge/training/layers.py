@@ -6,7 +6,9 @@ and all other modules stay. Nothing else of the model gets gradients.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +19,10 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from quantforge.distill.straight_through import fake_quantize_inputs
+from quantforge.errors import PlanError
 from quantforge.models import activations
 from quantforge.numerics.inputs import QInput
+from quantforge.numerics.products import fast_linear, linear
 
 
 class ComputedLinear(nn.Linear):
@@ -98,14 +102,14 @@ class _Product(torch.autograd.Function):
         with torch.enable_grad():
             weight = ctx.layer.computed(dict(zip(ctx.names, trained, strict=True)))
         factor = weight.detach().to(upstream.dtype)  # another one under autocast
-        to_x = F.linear(upstream, factor.T.contiguous()).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        to_x = linear(upstream, factor.T.contiguous()).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         rows = upstream.reshape(-1, upstream.shape[-1])
         to_bias = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         found: list[Tensor | None] = [None] * len(trained)
         if any(wanted):
-            # operands are laid out as fast products want them
+            # `linear`, and operands laid out for it: fast products around a backward pass are off within it
             inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
-            to_weight = F.linear(rows.T.contiguous(), inputs.T.contiguous()).to(weight.dtype)
+            to_weight = linear(rows.T.contiguous(), inputs.T.contiguous()).to(weight.dtype)
             gradients = iter(torch.autograd.grad(weight, [t for t in trained if t.requires_grad], to_weight))
             found = [next(gradients) if needs else None for needs in wanted]
         return None, to_x, to_bias, None, *found
@@ -169,6 +173,63 @@ def settle_norms(model: nn.Module) -> bool:
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
                 found = True
     return found
+
+
+def check_float32(model: nn.Module) -> None:
+    """Raise PlanError unless all parameters of `model` are float32: steps are too small for shorter numbers."""
+    dtypes = {p.dtype for p in model.parameters()} - {torch.float32}
+    if dtypes:
+        raise PlanError(
+            294, f"students are trained in float32, and this model is in {dtypes.pop()}; use model.float()."
+        )
+
+
+def checkpoint_blocks(model: Any, *, on: bool) -> None:
+    """Turn on or off that only the inputs of decoder blocks are kept for the backward pass."""
+    how = {"use_reentrant": False, "context_fn": _alike}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it besides
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        elif model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+
+
+def _alike() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Have a block compute the same way when it runs again: what is on around a backward pass is off within it."""
+    return fast_linear(), fast_linear()
+
+
+def to_training(model: nn.Module) -> None:
+    """Put into training mode what training needs there: blocks with gradient checkpointing, and adapters' dropout.
+
+    All else stays in evaluation mode. The model's own dropout is for training from scratch: with it, a student that
+    equals its teacher would differ from it. Blocks in training mode lose theirs where it is a number.
+    """
+    model.eval()
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            vars(module).update(dict.fromkeys(_dropouts(module), 0.0))
+        elif isinstance(module, nn.Dropout) and "lora_dropout" in name.split("."):
+            module.training = True
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Have a model as `to_training` puts it, and then as it was."""
+    before = [(module, {"training": module.training, **_dropouts(module)}) for module in model.modules()]
+    try:
+        to_training(model)
+        yield
+    finally:
+        for module, kept in before:
+            vars(module).update(kept)
+
+
+def _dropouts(module: nn.Module) -> dict[str, float]:
+    """Return the shares that a module itself drops, such as `attention_dropout` and `layerdrop`."""
+    return {key: value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)}
 
 
 def computed_layers(model: nn.Module) -> dict[str, ComputedLinear]:

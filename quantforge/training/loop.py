@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from quantforge.numerics.products import fast_linear
 from quantforge.progress import bar
 from quantforge.training import processes, state
 from quantforge.training.batches import Batch, batch_of_step, seed_of, split
+from quantforge.training.layers import in_training
 from quantforge.training.optimizers import OPTIMIZERS
 from quantforge.training.processes import Engine, Prepare, StepLoss
 
@@ -128,7 +129,9 @@ def train(
     lr_of    name of a parameter → factor on its learning rate
     A step whose loss or gradient is not finite is not taken: the parameters stay those after the step before, are kept
     in `out`, and DataError names the step and its windows.
-    Random numbers of a step, such as of dropout, follow from seed, step and process; the global state is left alone.
+    The student is without its own dropout, as its teacher is; that of adapters acts.
+    Random numbers of a step, such as for that dropout, follow from seed, step and process; the global state is left
+    alone.
     Raises RecipeError for settings that do not go with the text or the processes, PlanError if `out` cannot be resumed
     from or holds a run already, ResourceError if it cannot be written.
     """
@@ -155,7 +158,8 @@ def train(
         _keep(engine, out, points, known)
         return f", kept in {out / state.NAME}"
 
-    with _in_training(engine), fast_linear():
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), in_training(student), fast_linear():
         _go_on(engine, ids, loss, settings, prepare, points, keep)
     return _curve(points)
 
@@ -189,7 +193,7 @@ def _go_on(
             total, norm = sum(losses), engine.gradient_norm()
             if not (math.isfinite(total) and math.isfinite(norm)):
                 engine.forget_gradients()
-                raise _broken(losses, norm, step, batch, shares, keep())
+                raise _broken(losses, norm, step, batch, shares, keep(), settings.warmup)
             limit = settings.max_grad_norm
             engine.update(settings.rate(step), 1.0 if limit is None else min(1.0, limit / (norm + 1e-6)))
             seconds = time.perf_counter() - began
@@ -207,16 +211,16 @@ def _shares(batch: Batch, settings: Settings, processes: int) -> list[list[Batch
 
 
 def _broken(
-    losses: list[float], norm: float, step: int, batch: Batch, shares: list[list[Batch]], kept: str
+    losses: list[float], norm: float, step: int, batch: Batch, shares: list[list[Batch]], kept: str, warmup: int
 ) -> DataError:
     """Return the error that names the windows whose loss is not finite, or all whose gradients were added up."""
     parts = [part for share in shares for part in share]
     bad = [w for part, found in zip(parts, losses, strict=True) if not math.isfinite(found) for w in part.windows]
     what = f"the loss is {sum(losses)}" if bad else f"the gradient's norm is {norm}"
     stay = f"the parameters stay those after {step} steps{kept}"
-    return DataError(
-        475, f"{what} in {_named(step, bad or batch.windows)}: {stay}; look at these, or try a smaller lr."
-    )
+    can_end = kept and step > warmup
+    works = f"--resume --steps {step} keeps what came before" if can_end else "look at these, or try a smaller lr"
+    return DataError(475, f"{what} in {_named(step, bad or batch.windows)}: {stay}; {works}.")
 
 
 def _named(step: int, windows: Sequence[int]) -> str:
@@ -248,20 +252,6 @@ def _pages(settings: Settings, out: Path | None) -> Path | None:
     if out is not None and settings.optimizer.startswith("paged"):
         out.mkdir(parents=True, exist_ok=True)
     return out
-
-
-@contextlib.contextmanager
-def _in_training(engine: Engine) -> Iterator[None]:
-    """Put the student into training mode, where dropout acts, and its modules and the random state back afterwards."""
-    was = [(module, module.training) for module in engine.student.modules()]
-    devices = [engine.device] if engine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            engine.student.train()
-            yield
-        finally:
-            for module, training in was:
-                module.training = training
 
 
 def _check_shares(settings: Settings, processes: int) -> None:

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from quantforge.errors import RecipeError
 from quantforge.training import optimizers
 from quantforge.training.batches import Batch
+from quantforge.training.layers import to_training
 
 StepLoss = Callable[[nn.Module, Batch, int, int], Tensor]
 """(student, micro-batch, step, count) → the sum of the micro-batch's token losses divided by `count`, a scalar; `count`
@@ -94,7 +95,7 @@ class Engine:
         self.student.eval()
         with torch.no_grad():
             found: Batch = self.module(prepare, batch.to(self.device), step)
-        self.student.train()
+        to_training(self.student)
         assert found.windows == batch.windows
         return found
 

@@ -12,6 +12,7 @@ straight-through estimator unless `limit` is given.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +22,21 @@ from torch.utils.hooks import RemovableHandle
 
 from quantforge import pipeline
 from quantforge.distill.straight_through import fake_quantize
-from quantforge.errors import PlanError
+from quantforge.errors import PlanError, RecipeError
 from quantforge.models import activations, arch
 from quantforge.models.kvcache import KVCache, KVFormat
 from quantforge.numerics.formats import Format
 from quantforge.plan import Plan, with_notes
 from quantforge.result import Result
 from quantforge.solvers.rtn import RTN
-from quantforge.training.layers import ComputedLinear, StraightInput, computed_layers, settle_norms, train_norms
+from quantforge.training.layers import (
+    ComputedLinear,
+    StraightInput,
+    check_float32,
+    computed_layers,
+    settle_norms,
+    train_norms,
+)
 
 
 class LatentLinear(ComputedLinear):
@@ -68,8 +76,11 @@ def open_student(
     limit    no gradient reaches weights of at least this size (2.0 in the authors' code); None: all get theirs
 
     The planned layers' weights and biases and all norms are trained; nothing else has `requires_grad`. With no
-    rounding at all the student computes exactly what the model does. Raises PlanError for what cannot be trained.
+    rounding at all the student computes exactly what the model does. Raises PlanError for what cannot be trained, and
+    RecipeError for a limit that is not above 0 and finite.
     """
+    if limit is not None and not 0 < limit < math.inf:
+        raise RecipeError(247, f"limit must be above 0 and finite, not {limit}; 2 is usual, and none leaves it out.")
     _check(model, plan)
     handled = [] if kv is None else _attentions(model, kv)
     activations.remove(model.modules())
@@ -98,7 +109,8 @@ def settle(model: nn.Module, plan: Plan, *, source: str, tokenizer: Any = None) 
     source     name of the float model
     tokenizer  kept beside the model
     The result's model, the same module in place, gives what the student gave, but for the cache: keys and values are
-    floats again unless it is run through a `KVCache` of the trained format, as `evaluate` does with `kv`.
+    floats again unless it is run through a `KVCache` of the trained format, as `evaluate` does with `kv`. Scores with
+    the rounded cache are those of the student before this, or of such a run.
     """
     kv = _CacheGate.remove(model)
     for name, layer in computed_layers(model).items():
@@ -124,11 +136,7 @@ def _check(model: nn.Module, plan: Plan) -> None:
     if plan.needs:
         what = ", ".join(sorted(plan.needs))
         raise PlanError(295, f"{recipe.label} needs calibration ({what}); inputs int8-token and range minmax do not.")
-    dtypes = {p.dtype for p in model.parameters()} - {torch.float32}
-    if dtypes:
-        raise PlanError(
-            294, f"students are trained in float32, and this model is in {dtypes.pop()}; use model.float()."
-        )
+    check_float32(model)
 
 
 def _attentions(model: nn.Module, kv: KVFormat) -> list[nn.Module]:

@@ -7,6 +7,7 @@ backward pass, one layer at a time. Adapters are those of `peft`: stock `peft` l
 from __future__ import annotations
 
 import json
+import logging
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from quantforge.corrections.lorc import factor
@@ -24,7 +24,20 @@ from quantforge.numerics.residuals import LowRank
 from quantforge.result import Result
 from quantforge.store import MARK, check_target, publish
 from quantforge.training.coded import CodedLinear
-from quantforge.training.layers import computed_layers
+from quantforge.training.layers import checkpoint_blocks, computed_layers, to_training
+
+
+def _tells(record: logging.LogRecord) -> bool:
+    """Tell whether a line of bitsandbytes is of use: not that it did without a kernel that it wanted to download."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+
+
+_LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_LOGGER.addFilter(_tells)
+try:
+    from peft import LoraConfig, get_peft_model  # which imports bitsandbytes
+finally:
+    _LOGGER.removeFilter(_tells)
 
 STARTS = ("zero", "lorc")
 _ADAPTER = "default"
@@ -67,10 +80,10 @@ def open_student(result: Result, adapters: Adapters, floats: nn.Module | None = 
     floats  the float model, for the start "lorc"; None where the result's own low-rank factors are to be the start:
             then they are no part of the base, which is that of `without_factors`
 
-    Only adapters have `requires_grad`. With `checkpointing` or `dropout` the model is left in training mode, without
-    which neither has an effect; else in evaluation mode. The result's own codes stay in memory as long as the result
-    does; the model has copies, two a byte, where they have at most 4 bits. Raises PlanError for a rank above a layer's
-    width.
+    Only adapters have `requires_grad`. With `checkpointing` or `dropout` the modules that do it are left in training
+    mode, without which neither has an effect; all else is in evaluation mode. The result's own codes stay in memory as
+    long as the result does; the model has copies, two a byte, where they have at most 4 bits. Raises PlanError for a
+    rank above a layer's width.
     """
     _check(result, adapters, floats)
     starts = _starts(result, adapters, floats) if adapters.start == "lorc" else {}
@@ -95,8 +108,8 @@ def open_student(result: Result, adapters: Adapters, floats: nn.Module | None = 
     for name, (a, b) in starts.items():
         _start(model.get_submodule(name), a, b)
     if adapters.checkpointing:
-        _checkpointing(model, on=True)
-    student.train(adapters.checkpointing or adapters.dropout > 0)
+        checkpoint_blocks(model, on=True)
+    to_training(student)
     return student
 
 
@@ -107,27 +120,16 @@ def settle(result: Result, student: Any) -> Result:
     """
     model = student.unload()
     opened = computed_layers(model)
-    layers = []
-    for layer in result.layers:
+    held = [len(module.residuals) for module in opened.values() if isinstance(module, CodedLinear)]
+    base = (
+        result if sum(held) == sum(len(layer.weight.residuals) for layer in result.layers) else without_factors(result)
+    )
+    for layer in base.layers:
         module = opened[layer.name]
-        assert isinstance(module, CodedLinear)
-        weight = replace(layer.weight, residuals=module.residuals)
-        model.set_submodule(layer.name, module.restored(weight.dequantize(module.dtype)))
-        layers.append(replace(layer, weight=weight))
-    _checkpointing(model, on=False)
+        model.set_submodule(layer.name, module.restored(layer.weight.dequantize(module.dtype).to(module.device)))
+    checkpoint_blocks(model, on=False)
     model.requires_grad_(True).eval()
-    plan = without_factors(result).plan if layers != list(result.layers) else result.plan
-    return replace(result, model=model, plan=plan, layers=tuple(layers))
-
-
-def _checkpointing(model: Any, *, on: bool) -> None:
-    """Turn on or off that only the inputs of decoder blocks are kept for the backward pass."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it besides
-        if on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif model.is_gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+    return replace(base, model=model)
 
 
 def without_factors(result: Result) -> Result:
@@ -183,9 +185,10 @@ def _starts(result: Result, adapters: Adapters, floats: nn.Module | None) -> dic
     found = {}
     for layer in result.layers:
         if floats is not None:
-            error = arch.get_weight(floats.get_submodule(layer.name)) - layer.weight.dequantize()
+            weight = arch.get_weight(floats.get_submodule(layer.name))
+            error = weight - layer.weight.dequantize().to(weight.device)
         else:
-            error = torch.zeros(layer.weight.base.shape)
+            error = torch.zeros(layer.weight.base.shape, device=layer.weight.base.codes.device)
             for residual in layer.weight.residuals:
                 error = residual.onto(error) if isinstance(residual, LowRank) else error
         left, right = factor(error, adapters.rank)
@@ -196,9 +199,10 @@ def _starts(result: Result, adapters: Adapters, floats: nn.Module | None) -> dic
 
 def _start(module: Any, a: Tensor, b: Tensor) -> None:
     """Put A and B into an adapter; where there is nothing to start from, A stays random and B zero, as it can learn."""
+    own_a, own_b = module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight
+    a, b = a.to(own_a), b.to(own_b)
     size = b.norm(dim=0)
     some = size > _NOTHING * size.max()
     with torch.no_grad():
-        own_a, own_b = module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight
-        own_a.copy_(torch.where(some[:, None], a.to(own_a), own_a))
-        own_b.copy_(torch.where(some, b.to(own_b), 0.0))
+        own_a.copy_(torch.where(some[:, None], a, own_a))
+        own_b.copy_(torch.where(some, b, 0.0))

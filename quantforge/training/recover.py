@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from quantforge import exporters
@@ -23,7 +22,7 @@ from quantforge.plan import with_notes
 from quantforge.result import Result
 from quantforge.solving import Layer
 from quantforge.training.coded import CodedLinear
-from quantforge.training.layers import computed_layers, norms, settle_norms, train_norms
+from quantforge.training.layers import check_float32, computed_layers, norms, settle_norms, train_norms
 
 PARTS = ("scales", "zero-points", "norms", "factors", "weights", "biases")
 _RANGES = frozenset({"scales", "zero-points", "weights"})
@@ -73,7 +72,7 @@ def settle(result: Result) -> Result:
         weight = student.settled(layer.weight)
         if parts:
             weight = replace(weight, notes={**weight.notes, "trained": ", ".join(parts)})
-        model.set_submodule(layer.name, student.restored(weight.dequantize(student.dtype)))
+        model.set_submodule(layer.name, student.restored(weight.dequantize(student.dtype).to(student.device)))
         layers.append(replace(layer, weight=weight))
     trained |= {"norms"} if settle_norms(model) else set()
     model.requires_grad_(True).eval()
@@ -94,11 +93,7 @@ def _check(result: Result, wanted: frozenset[str]) -> None:
     if not wanted:
         raise RecipeError(247, f"nothing is to be trained; name some of: {', '.join(PARTS)}.")
     model = result.model
-    dtypes = {p.dtype for p in model.parameters()} - {torch.float32}
-    if dtypes:
-        raise PlanError(
-            294, f"students are trained in float32, and this model is in {dtypes.pop()}; use model.float()."
-        )
+    check_float32(model)
     for layer in result.layers:
         if wanted & _RANGES:
             try:

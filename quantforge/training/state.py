@@ -23,12 +23,12 @@ from quantforge import store
 from quantforge.errors import ModelError, PlanError
 from quantforge.models.headers import read_json, show
 
-SCHEMA = "quantforge-training-1"
+SCHEMA = "quantforge-state-1"
 NAME = "state"
 _TENSORS, _ABOUT = "tensors.safetensors", "state.json"
 _LARGEST = 1 << 28  # bytes of state.json, 100 of them a step
 _FREE = "settings.save_every"  # may change
-_GROWING = "settings.steps"  # may grow
+_STEPS = "settings.steps"  # may be any number from what is done
 
 Values = Mapping[str, list[float]]
 
@@ -68,8 +68,9 @@ def refuse_old(out: Path) -> None:
 
 
 def load(out: Path, facts: Mapping[str, Any], shapes: Mapping[str, Tensor]) -> State:
-    """Read what `save` wrote of a run made of `facts`, of which the number of steps may have grown.
+    """Read what `save` wrote of a run made of `facts`.
 
+    Its number of steps may be another: any from what is done.
     shapes  the parameters that must be there, by "parameter NAME", of which dtype and shape alone are looked at
     Raises PlanError, in one line, if there is none, if it is damaged, or if it was made of something else: then naming
     the first fact that differs, with both values.
@@ -119,8 +120,12 @@ def _compare(folder: Path, about: Mapping[str, Any], facts: Mapping[str, Any]) -
     was, now = dict(_flat(about["facts"])), dict(_flat(facts))
     for key in sorted(was.keys() | now.keys(), key=lambda key: (key.startswith("settings."), key)):
         old, new = was.get(key), now.get(key)
-        grown = key == _GROWING and isinstance(old, int) and isinstance(new, int) and new >= old
-        if (key in was, old) != (key in now, new) and not grown and key != _FREE:
+        if key == _STEPS and isinstance(new, int):
+            if new < about["step"]:
+                raise PlanError(
+                    293, f"{folder} holds {about['step']} steps, more than {new}; ask for as many, or more."
+                )
+        elif (key in was, old) != (key in now, new) and key != _FREE:
             raise _differs(folder, key.removeprefix("settings."), old, new)
 
 

@@ -93,7 +93,8 @@ def layerwise(teacher: Live, *, relative: bool = True, forced: bool = True) -> S
     """Return the mean over the student's blocks of the squared error of what they give, against the teacher's.
 
     A student of fewer blocks is paired with those of the teacher at the same share of its depth.
-    relative  divided by the mean square of what the teacher's block gives, so that no block outweighs the others
+    relative  divided, for each token, by the mean square of what the teacher's block gives, so that no block outweighs
+              the others
     forced    each block is given what the teacher's block before it gave, so that no block's gradient reaches another:
               layer-by-layer distillation (ZeroQuant, arXiv:2206.01861, section 4.3). Otherwise the student's own
     """

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from quantforge.distill import kept
@@ -30,6 +31,16 @@ def whole_logits(model: nn.Module, text: list[int]) -> Tensor:
 
 
 # --- through the cache ------------------------------------------------------------------------------------------------
+
+
+def test_only_the_last_tokens_logits_are_worked_out_with_adapters_or_without():
+    for adapted in (False, True):
+        model, seen = tiny.make("llama"), []
+        model.lm_head.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.shape[1]))
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])) if adapted else model
+        ids = torch.tensor([[5, 9, 23]])
+        next_logits(model)(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(3)[None], None)
+        assert seen == [1]
 
 
 @pytest.mark.parametrize("arch", [*tiny.names(), *tiny.mixtures()])

@@ -30,10 +30,14 @@ def test_it_is_the_squared_error_of_the_counted_tokens():
     torch.testing.assert_close(
         hidden_loss(0 * student, teacher, MASK, relative=True), torch.ones((), dtype=torch.double)
     )
+    sizes = teacher.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(
-        hidden_loss(student, teacher, MASK, relative=True) * teacher[MASK].square().mean(),
-        hidden_loss(student, teacher, MASK),
+        hidden_loss(student, teacher, MASK, relative=True), hidden_loss(student / sizes, teacher / sizes, MASK)
     )
+
+
+def test_a_teacher_that_gives_zeros_divides_by_no_zero():
+    assert hidden_loss(0 * draw(0), 0 * draw(1), relative=True) == 0
 
 
 def test_gradients_reach_the_student_and_its_projection_alone():
@@ -61,11 +65,12 @@ def test_what_the_mask_leaves_out_changes_neither_loss_nor_gradient(value):
     assert not results[1][1][~MASK].any()
 
 
-@given(st.integers(0, 999))
-def test_micro_batches_add_up_to_the_batch(seed):
+@given(st.integers(0, 999), st.booleans())
+def test_micro_batches_add_up_to_the_batch(seed, relative):
     student, teacher = draw(seed), draw(seed + 1)
-    parts = [hidden_loss(student[i], teacher[i], MASK[i], count=int(MASK.sum())) for i in range(2)]
-    torch.testing.assert_close(sum(parts), hidden_loss(student, teacher, MASK))
+    count = int(MASK.sum())
+    parts = [hidden_loss(student[i], teacher[i], MASK[i], count=count, relative=relative) for i in range(2)]
+    torch.testing.assert_close(sum(parts), hidden_loss(student, teacher, MASK, relative=relative))
 
 
 def test_half_precision_is_compared_in_float32():

@@ -7,7 +7,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quantforge.distill.losses import cross_entropy, next_tokens
 from quantforge.errors import DataError, RecipeError
@@ -15,6 +17,7 @@ from quantforge.models import tiny
 from quantforge.numerics import products
 from quantforge.training import loop, processes
 from quantforge.training.batches import Batch
+from quantforge.training.layers import checkpoint_blocks
 from quantforge.training.loop import Curve, Settings, train
 
 IDS = torch.randint(0, 64, (10, 12), generator=torch.Generator().manual_seed(5))
@@ -84,7 +87,6 @@ def test_the_batch_is_prepared_once_a_step_without_gradient_in_evaluation_mode()
         return Batch(other, ones, ones, batch.windows)
 
     def loss(model, batch, step, count):
-        assert model.training
         assert torch.equal(batch.ids, other[:2])
         assert count == 4 * 6
         return supervised(model, batch, step, count)
@@ -115,16 +117,31 @@ def test_what_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, where, v
         train(model, IDS, loss, settings, out=tmp_path)
     bad = seen[2][2:] if where == "loss" else seen[2]
     what = f"the loss is {value}" if where == "loss" else "the gradient's norm is nan"
-    assert str(caught.value).startswith(
-        f"error[QF-475]: {what} in step 3, windows {', '.join(map(str, bad))}: the para"
+    assert str(caught.value) == (
+        f"error[QF-475]: {what} in step 3, windows {', '.join(map(str, bad))}: "
+        f"the parameters stay those after 2 steps, kept in {tmp_path / 'state'}; "
+        "--resume --steps 2 keeps what came before."
     )
     assert torch.equal(values(model), values(good))
     assert all(p.grad is None for p in model.parameters())
+    ended = student()
+    assert len(train(ended, IDS, supervised, replace(settings, steps=2), out=tmp_path, resume=True).loss) == 2
+    assert torch.equal(values(ended), values(good))
     again = student()
     curve = train(again, IDS, supervised, settings, out=tmp_path, resume=True)
     through = student()
     assert curve.loss == train(through, IDS, supervised, settings).loss
     assert torch.equal(values(again), values(through))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_where_no_step_can_be_kept_the_error_says_what_else_to_try(tmp_path, kept):
+    def loss(model, batch, step, count):
+        return supervised(model, batch, step, count) * (math.nan if step == 1 else 1)
+
+    settings = replace(FAST, warmup=1 if kept else 0)
+    with pytest.raises(DataError, match=r"after 1 steps.*; look at these, or try a smaller lr\.$"):
+        train(student(), IDS, loss, settings, out=tmp_path if kept else None)
 
 
 class Poisoned(torch.autograd.Function):
@@ -203,22 +220,61 @@ def test_only_parameters_that_want_gradients_are_trained():
     assert changed == {name for name in before if "norm" in name}
 
 
-def test_random_state_and_modes_are_left_as_they_were_and_dropout_repeats():
-    def run():
-        torch.rand(7)  # whatever the state was
-        model = student(attention_dropout=0.3)
-        return model, train(model, IDS, supervised, FAST)
+def test_random_state_and_modes_are_left_as_they_were_and_dropout_of_adapters_repeats():
+    def adapted(dropout):
+        config = LoraConfig(r=4, lora_dropout=dropout, target_modules=["q_proj"], init_lora_weights="gaussian")
+        torch.manual_seed(11)
+        return get_peft_model(student(), config)
 
-    torch.manual_seed(11)
+    def run(dropout=0.5):
+        model = adapted(dropout)
+        torch.rand(7)  # whatever the state was
+        return train(model, IDS, supervised, FAST).loss
+
+    model = adapted(0.5).eval()
     wanted = torch.rand(3)
-    torch.manual_seed(11)
-    model = student(attention_dropout=0.3)
-    model.model.norm.train()
-    first = train(model, IDS, supervised, FAST)
+    adapted(0.5)
+    model.base_model.model.model.norm.train()
+    first = train(model, IDS, supervised, FAST).loss
     assert torch.equal(torch.rand(3), wanted)
-    assert [m for m in model.modules() if m.training] == [model.model.norm]
-    assert run()[1].loss == first.loss == run()[1].loss
-    assert first.loss != train(student(), IDS, supervised, FAST).loss
+    assert [m for m in model.modules() if m.training] == [model.base_model.model.model.norm]
+    assert run() == first == run()
+    assert first != run(0.0)
+
+
+DROPPED = {
+    "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "opt": {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.5},
+    "llama": {"attention_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", DROPPED)
+def test_a_student_that_equals_its_teacher_starts_without_a_loss(kind, checkpointing):
+    teacher, model = tiny.make(kind), tiny.make(kind, **DROPPED[kind])
+    ran = []
+    if checkpointing:
+        checkpoint_blocks(model, on=True)
+        block = next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+        next(block.children()).register_forward_hook(lambda *_: ran.append(1))
+    kept = {name: dict(vars(m)) for name, m in model.named_modules()}
+
+    def loss(model, batch, step, count):
+        with torch.no_grad():
+            goal = teacher(batch.ids, use_cache=False).logits
+        return (model(batch.ids, use_cache=False).logits - goal).square().sum() / count
+
+    def prepare(model, batch, step):
+        assert not any(m.training for m in model.modules())
+        return batch
+
+    assert train(model, IDS, loss, FAST, prepare=prepare).loss[0] == 0
+    assert len(ran) == 2 * FAST.steps * checkpointing  # blocks run again in the backward pass
+    for name, module in model.named_modules():
+        assert {k: v for k, v in vars(module).items() if "drop" in k} == {
+            k: v for k, v in kept[name].items() if "drop" in k
+        }
 
 
 def test_products_are_fast_forwards_and_backwards(monkeypatch):

@@ -109,6 +109,25 @@ def test_eight_bit_adam_reaches_what_adam_of_32_bits_does(bits):
     assert found == (usual if bits == 32 else pytest.approx(usual, rel=0.02))
 
 
+def test_second_moments_that_round_to_nothing_do_not_blow_a_step_up():
+    """Beside a gradient of 0.5 in each block, those of 1e-3 are squares too small for a code, but first moments not."""
+
+    def steps(bits):
+        p = nn.Parameter(torch.zeros(256 * 64))
+        optimizer, found = CompactAdamW([p], lr=1e-3, weight_decay=0.0, bits=bits), []
+        for step in range(5):
+            before = p.detach().clone()
+            p.grad = rows(256 * 64) * 1e-3 if step == 0 else torch.zeros_like(p)
+            p.grad[::256] = 0.5 if step == 0 else 0.0
+            optimizer.step()
+            found.append((p.detach() - before).abs())
+        return torch.stack(found)
+
+    usual, found = steps(32), steps(8)
+    assert found.max() < 1.5 * usual.max()
+    assert found[1:].mean() == pytest.approx(float(usual[1:].mean()), rel=0.3)
+
+
 def test_chunks_change_nothing(monkeypatch):
     whole = run(*one_parameter(CompactAdamW))
     monkeypatch.setattr(adam8, "_CHUNK", 512)

@@ -16,6 +16,7 @@ import quantforge
 from quantforge import checkpoint
 from quantforge.errors import PlanError, RecipeError
 from quantforge.models import arch, tiny
+from quantforge.numerics import products
 from quantforge.numerics.products import fast_linear
 from quantforge.numerics.qtensor import QTensor
 from quantforge.numerics.residuals import LowRank
@@ -88,6 +89,10 @@ def logits(model: nn.Module) -> Tensor:
         return model(IDS, use_cache=False).logits
 
 
+def loss_of(model: nn.Module) -> Tensor:
+    return model(IDS, labels=IDS, use_cache=False).loss
+
+
 def wanted(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -96,7 +101,7 @@ def train(model: nn.Module, steps: int = 3, rate: float = 1e-2) -> None:
     optimizer = torch.optim.Adam(wanted(model).values(), lr=rate)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        loss_of(model).backward()
         optimizer.step()
 
 
@@ -182,6 +187,18 @@ def test_gradients_are_those_of_the_weight_written_out():
         assert torch.allclose(found[name].grad.double(), leaf.grad, rtol=1e-3, atol=1e-6), name
 
 
+def test_products_are_fast_in_the_backward_pass_too(monkeypatch):
+    if not products._AVAILABLE:
+        pytest.skip("no oneDNN here")
+    result, _ = case("int4 groups")
+    found = loss_of(open_student(result, ("scales", "norms")))
+    made, product = [], products._product
+    monkeypatch.setattr(products, "_product", lambda *args: made.append(1) or product(*args))
+    with fast_linear():
+        found.backward()
+    assert len(made) == 2 * len(result.layers)  # those of what enters a layer, and of its weight
+
+
 def test_gradients_are_the_same_through_fast_products_and_without_inputs_that_need_them():
     result, parts = case("all of them")
     student = open_student(result, parts)
@@ -242,6 +259,19 @@ def test_layers_of_a_student_hold_no_float_weights():
     floats = sum(p.numel() for n, p in student.named_parameters() if not n.endswith("embed_tokens.weight"))
     assert held < 0.6 * weights  # half a byte a code, and scales
     assert floats < 0.1 * weights
+
+
+@pytest.mark.parametrize("name", ["int4 groups", "factors", "nested scales"])
+def test_what_a_layer_holds_lies_where_its_weight_did(name):
+    """A device without values: a result's codes are on the CPU, wherever its model is."""
+    result, parts = case(name)
+    open_student(Result(**{**vars(result), "model": result.model.to("meta")}), parts)
+    for layer in result.layers:
+        student = result.model.get_submodule(layer.name)
+        assert {t.device.type for t in [*student.held(), *student.parameters()]} == {"meta"}
+        x = torch.empty(2, 3, student.in_features, device="meta")
+        assert student(x).shape == (2, 3, student.out_features)
+        assert layer.weight.base.codes.device.type == "cpu"
 
 
 def test_the_record_says_what_was_trained_and_keeps_the_rest():

@@ -88,10 +88,15 @@ def test_a_few_logits_at_a_time_give_the_same_loss_and_gradient(student, teacher
     torch.testing.assert_close(gradient(student, chunked), gradient(student, whole), rtol=1e-4, atol=1e-6)
 
 
-def test_logits_of_all_tokens_never_exist_with_a_chunk(student, teacher, batch):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_logits_of_all_tokens_never_exist_with_a_chunk(student, teacher, batch, adapted):
     seen = []
+    if adapted:
+        student = get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj"]))
     for model in (student, teacher.model):
-        model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[..., 0].numel()))
+        model.get_output_embeddings().register_forward_hook(
+            lambda module, args, output: seen.append(output[..., 0].numel())
+        )
     steps.supervised(teacher, Objective(), chunk=5)(student, batch, 0, batch.predictions).backward()
     teacher.model.lm_head._forward_hooks.clear()
     assert max(seen) == 5
@@ -115,6 +120,14 @@ def test_micro_batches_add_up_to_the_step(student, teacher, ids, batch, kind, ch
     parts = sum(loss(student, part, 0, count) for part in split(batch, 4))
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(gradient(student, parts), gradient(student, whole), rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_add_up_with_hidden_states_too(student, teacher, batch):
+    count = batch.predictions
+    for loss in (steps.supervised(teacher, Objective(), hidden=1.0), steps.layerwise(teacher)):
+        whole, parts = loss(student, batch, 0, count), sum(loss(student, part, 0, count) for part in split(batch, 4))
+        torch.testing.assert_close(parts, whole)
+        torch.testing.assert_close(gradient(student, parts), gradient(student, whole), rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_teacher_the_loss_is_that_of_the_next_tokens(student, batch):
