@@ -24,7 +24,7 @@ TINY = Path(__file__).parent / "data" / "tiny-llama"
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("quantize", "evaluate", "compare", "report", "sensitivity", "calibration-study", "papers"),
-    *("inspect", "methods", "formats"),
+    *("distill", "qat", "qlora", "inspect", "methods", "formats"),
 )
 SMALL = ("--samples", "8", "--seq-len", "64")
 

@@ -155,7 +155,8 @@ def parameters(config: Any) -> int:
 def rehearse(config: Any, batch: int, seq_len: int) -> int | None:
     """Return the bytes that a float32 model's forward keeps for its backward pass, from a rehearsal without memory.
 
-    Logits are not among them. None for a model whose forward looks at values.
+    Logits are not among them. Attention is rehearsed with a mask and with keys and values repeated for grouped heads,
+    which a real forward may spare: it is an upper bound. None for a model whose forward looks at values.
     """
     found: dict[int, int] = {}
 
