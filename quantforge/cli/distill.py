@@ -26,8 +26,8 @@ _OF_METHOD = frozenset(
 
 @click.command()
 @click.argument("student", required=False)
-@click.option("--teacher", metavar="MODEL", help="The float model to learn from; default: the demo model, if that is "
-              "the student too.")  # fmt: skip
+@click.option("--teacher", metavar="MODEL|demo", help="The float model to learn from; default: the demo model, if that "
+              "is the student too.")  # fmt: skip
 @click.option("--loss", default="fkl", show_default=True, metavar="fkl|rkl|jsd|skew-kl|gkd|minillm|ce",
               help="What is made small.")  # fmt: skip
 @click.option("--train", "parts", default="", metavar="PART,…",
@@ -77,6 +77,7 @@ def distill(
 ) -> None:
     """Train STUDENT towards a teacher: a float model, a quantized checkpoint, or a model that --method quantizes."""
     from quantforge import recipe
+    from quantforge.api import DEMO
     from quantforge.checkpoint import is_quantized
     from quantforge.models import load
     from quantforge.training.run import Aim
@@ -96,7 +97,7 @@ def distill(
     if teacher is None and aim.loss != "ce" and student is not None:
         raise RecipeError(249, f"loss {aim.loss} needs a teacher; name one by --teacher, or take the loss ce.")
     taught = aim.loss != "ce" or teacher is not None
-    found = load.find(teacher, trust_remote_code=trust_remote_code) if taught else None
+    found = load.find(None if teacher == DEMO else teacher, trust_remote_code=trust_remote_code) if taught else None
     wanted = tuple(parse_list(parts)) or ("scales", "norms")
     if options["lr"] is None:
         options["lr"] = 2e-3 if (kept or method) and not {"weights", "biases"} & set(wanted) else 1e-4

@@ -141,6 +141,13 @@ def test_every_loss_makes_the_student_better(loss, rounded, tmp_path):
     assert made.after.loss < made.before.loss
 
 
+def test_the_demo_model_can_be_named_as_the_teacher(rounded, tmp_path, monkeypatch):
+    found = load.find(str(TINY))
+    monkeypatch.setattr(load, "find", lambda name, **_: found if name is None else pytest.fail(f"looked for {name}"))
+    done = run("distill", rounded, "--teacher", "demo", *FEW, "--dry-run", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+
+
 def test_a_student_learns_what_the_teacher_writes_and_how_its_blocks_see_it(rounded, tmp_path):
     args = ["distill", rounded, "--teacher", TINY, *FEW, "--steps", 2, "--lr", 0.002]
     done = run(*args, "--rewritten", "--prompt", 16, "--hidden", 0.5, "--out", tmp_path / "run")
