@@ -28,7 +28,8 @@ browser: $(VENV)/installed  ## the report in headless Chromium: Debian's package
 bench: $(VENV)/demo  ## speed and memory on the demo model, as JSON under reports/raw/
 	mkdir -p reports/raw
 	$(BIN)/python -m pytest -q -m bench -k 'not beside' tests/bench --benchmark-json=reports/raw/speed.json
-	$(BIN)/python -m pytest -q -m bench -k beside tests/bench --benchmark-json=reports/raw/beside.json
+	$(BIN)/python -m pytest -q -m bench -k 'beside and not activation' tests/bench --benchmark-json=reports/raw/beside.json
+	$(BIN)/python -m pytest -q -m bench -k 'beside and activation' tests/bench --benchmark-json=reports/raw/beside-activations.json
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -495,7 +495,8 @@ def page(report: Report, benchmarks: list[dict[str, Any]], ranges: Path | None =
 
 def pages(root: Path = REPORTS) -> dict[Path, str]:
     """Return every page of claims by its file, as the reports below `root` have it now."""
-    timed = json.loads((root / "raw" / "beside.json").read_text(encoding="utf-8"))["benchmarks"]
+    raw = (root / "raw" / name for name in ("beside.json", "beside-activations.json"))
+    timed = [b for file in raw for b in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]]
     files = {name: root / name / "report.json" for name in CLAIMED}
     made = {n: record.from_json(f.read_text(encoding="utf-8")) for n, f in files.items() if f.exists()}
     return {root / name / "claims.md": page(report, timed, root / "ranges.md") for name, report in made.items()}
