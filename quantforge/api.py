@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantforge import checkpoint, exporters, pipeline, recipe, resources
+from quantforge import checkpoint, exporters, kept, pipeline, recipe, resources
 from quantforge import plan as planning
 from quantforge.calibrate import corpus, overlap
 from quantforge.calibrate.text_files import STRICT, Reading
-from quantforge.distill import generate, kept
+from quantforge.distill import generate
 from quantforge.errors import DataError, PlanError, RecipeError, ResourceError, clean, pick
 from quantforge.evaluation import decoding, perplexity, rolling, significance, zeroshot
 from quantforge.evaluation import reference as references

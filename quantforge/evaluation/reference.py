@@ -10,20 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from quantforge import kept
 from quantforge.errors import DataError, ResourceError
 from quantforge.evaluation.divergence import TopK, id_dtype
-from quantforge.store import write_bytes
 
 SCHEMA = "quantforge-reference-1"
 K = 128  # most probable tokens kept of each position: 19 MB for 48 windows of 512
 CLOSE = 1e-3  # nats of a window's loss: two measurements of one float model differ by less, whatever the threads
 DENSE = 4  # windows whose whole distributions are compared, to tell how far below them the bound lies
-
-_ADVICE = "delete the file to have it made anew"
 
 
 @dataclass(frozen=True)
@@ -87,28 +83,23 @@ def digest(ids: Tensor) -> str:
     return sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def pack(reference: Reference, made: Made) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a kept reference's file."""
-    kept = reference.kept
-    tensors = {
-        "ids": kept.ids.contiguous(),
-        "log_probs": kept.log_probs.contiguous(),
-        "top": kept.top.contiguous(),
-        "losses": torch.tensor(reference.losses, dtype=torch.float64),
-    }
-    metadata = {name: str(value) for name, value in asdict(made).items()}
-    return tensors, {"schema": SCHEMA, "content": _content(tensors), **metadata}
+def save(path: Path, reference: Reference, made: Made) -> None:
+    """Write a reference to one safetensors file, whole or not at all, replacing an old one; parents are made.
 
-
-def unpack(tensors: dict[str, Tensor], metadata: dict[str, str], made: Made) -> Reference:
-    """Return the reference that `pack` took apart.
-
-    Raises DataError, naming what differs, if it was not made of and with `made`, or is not as it was written.
+    Raises ResourceError if it cannot be written.
     """
-    for name, value in {"schema": SCHEMA, **asdict(made)}.items():
-        if metadata.get(name) != str(value):
-            found = metadata.get(name)
-            raise DataError(445, f"the kept reference was made for {name} {found!r}, not {str(value)!r}; {_ADVICE}.")
+    rows = reference.kept
+    losses = torch.tensor(reference.losses, dtype=torch.float64)
+    tensors = {"ids": rows.ids, "log_probs": rows.log_probs, "top": rows.top, "losses": losses}
+    kept.write(path, tensors, _facts(made))
+
+
+def load(path: Path, made: Made) -> Reference:
+    """Read a reference that `save` wrote.
+
+    Raises DataError, naming the file, if it cannot be read, is damaged, or was not made of and with `made`.
+    """
+    tensors = kept.read(path, _facts(made))
     kind, rows = id_dtype(made.vocab), made.predictions
     expected = {
         "ids": (kind, (rows, made.k)),
@@ -120,36 +111,15 @@ def unpack(tensors: dict[str, Tensor], metadata: dict[str, str], made: Made) -> 
         tensor = tensors.get(name)
         if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
             found = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
-            raise DataError(445, f"{name} in the reference is {found}, not {dtype} of shape {list(shape)}; {_ADVICE}.")
-    if metadata.get("content") != _content({name: tensors[name] for name in expected}):
-        raise DataError(445, f"the kept reference is damaged: its tensors are not the ones written; {_ADVICE}.")
-    kept = TopK(tensors["ids"], tensors["log_probs"], tensors["top"], made.vocab)
-    return Reference(kept, tuple(tensors["losses"].tolist()))
+            raise DataError(
+                445, f"{path.name!r}: {name} is {found}, not {dtype} of shape {list(shape)}; {kept.ADVICE}."
+            )
+    top = TopK(tensors["ids"], tensors["log_probs"], tensors["top"], made.vocab)
+    return Reference(top, tuple(tensors["losses"].tolist()))
 
 
-def save(path: Path, reference: Reference, made: Made) -> None:
-    """Write a reference to one safetensors file, whole or not at all, replacing an old one; parents are made.
-
-    Raises ResourceError if it cannot be written.
-    """
-    write_bytes(path, to_bytes(*pack(reference, made)))
-
-
-def load(path: Path, made: Made) -> Reference:
-    """Read a reference that `save` wrote.
-
-    Raises DataError, naming the file, if it cannot be read, is damaged, or was not made of and with `made`.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (OSError, SafetensorError) as error:
-        raise DataError(445, f"{path.name!r} cannot be read as a kept reference: {error}; {_ADVICE}.") from error
-    try:
-        return unpack(tensors, metadata, made)
-    except DataError as error:
-        raise DataError(445, f"{path.name!r}: {error.args[0]}") from error
+def _facts(made: Made) -> dict[str, str]:
+    return {"schema": SCHEMA, **{name: str(value) for name, value in asdict(made).items()}}
 
 
 def get(folder: Path | None, made: Made, make: Callable[[], Reference]) -> Reference:
@@ -160,7 +130,7 @@ def get(folder: Path | None, made: Made, make: Callable[[], Reference]) -> Refer
     """
     if folder is None:
         return make()
-    path = folder / f"{sha256(repr(made).encode()).hexdigest()[:32]}.safetensors"
+    path = folder / kept.name_of(_facts(made))
     with contextlib.suppress(DataError):
         return load(path, made)
     reference = make()
@@ -183,11 +153,3 @@ def after_head(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return cap * torch.tanh(logits / cap) if cap else logits
 
     return follow
-
-
-def _content(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of the tensors' bytes, in the order of their names."""
-    found = sha256()
-    for name in sorted(tensors):
-        found.update(tensors[name].flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()

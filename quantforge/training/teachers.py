@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quantforge.distill import kept
+from quantforge import kept
 from quantforge.distill.generate import continued
 from quantforge.distill.targets import K, keep
 from quantforge.errors import DataError, PlanError

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantforge.errors import DataError
 from quantforge.store import write_bytes
 
-_ADVICE = "delete it to have it made anew"
+ADVICE = "delete it to have it made anew"
 _SHOWN = 16  # characters of a fact that a message shows: a digest is longer, and nobody reads it
 
 
@@ -38,15 +38,15 @@ def read(path: Path, facts: Mapping[str, str]) -> dict[str, Tensor]:
             known: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (OSError, SafetensorError) as error:
-        raise DataError(477, f"{path.name!r} cannot be read as what was kept in it: {error}; {_ADVICE}.") from error
+        raise DataError(445, f"{path.name!r} cannot be read as what was kept in it: {error}; {ADVICE}.") from error
     for name, value in facts.items():
         if (found := known.get(name)) != value:
             said = "nothing" if found is None else repr(found[:_SHOWN])
             raise DataError(
-                477, f"{path.name!r} was made with another {name}: {said}, not {value[:_SHOWN]!r}; {_ADVICE}."
+                445, f"{path.name!r} was made with another {name}: {said}, not {value[:_SHOWN]!r}; {ADVICE}."
             )
     if known.get("content") != _content(tensors):
-        raise DataError(477, f"{path.name!r} is damaged: its tensors are not the ones written; {_ADVICE}.")
+        raise DataError(445, f"{path.name!r} is damaged: its tensors are not the ones written; {ADVICE}.")
     return tensors
 
 
