@@ -66,6 +66,22 @@ STUDENTS: tuple[tuple[Column, Value], ...] = (
     (Column("ExAccErr", "excess error on own prefixes"), of_texts("excess", ".1%")),
 )
 
+# What papers say of two losses: the first has the lower value
+CLAIMS: tuple[tuple[str, str, str, str], ...] = (
+    (
+        "minillm",
+        "fkl",
+        "excess",
+        "the policy gradient errs less on its own prefixes than forward KL (arXiv:2306.08543)",
+    ),
+    ("gkd", "jsd", "excess", "text of its own lowers the excess error of the same divergence (arXiv:2306.13649)"),
+    ("rkl", "fkl", "student_nll", "reverse KL writes what the teacher finds likelier (arXiv:2306.08543)"),
+    ("minillm", "fkl", "student_nll", "so does the policy gradient of it (arXiv:2306.08543)"),
+    ("rkl", "fkl", "distinct", "reverse KL seeks modes, and its texts vary less (arXiv:2306.13649)"),
+    ("fkl", "rkl", "perplexity", "forward KL covers the teacher, and has the lower perplexity (arXiv:2306.08543)"),
+)
+WORDS = {"excess": "ExAccErr", "student_nll": "teacher's loss", "distinct": "distinct-2", "perplexity": "perplexity"}
+
 
 def table(runs: Sequence[tuple[str, Training]], columns: Sequence[tuple[Column, Value]]) -> str:
     """Return a row a run, each with a link to its page."""
@@ -88,10 +104,44 @@ def page(runs: Sequence[tuple[str, Training]]) -> str:
         found = [(name, run) for name, run in runs if takes(run)]
         if found:
             parts.append(f"## {title}\n\n{table(found, columns)}")
+        if found and columns is STUDENTS:
+            parts.append(said([run for _, run in found]))
     commands = "\n".join(f"{run.command}" for _, run in runs)
-    first = runs[0][1]
-    parts.append(f"## Commands\n\nMade on {first.machine.get('processor', 'a machine')} by:\n\n```\n{commands}\n```")
+    machine = runs[0][1].machine
+    made = (
+        f"Made on {machine.get('processor', 'a machine')} with {machine.get('threads')} of {machine.get('cores')} cores"
+    )
+    parts.append(f"## Commands\n\n{made}, beside another run, by:\n\n```\n{commands}\n```")
     return "\n".join(parts) + "\n"
+
+
+def said(runs: Sequence[Training]) -> str:
+    """Return what papers say of the losses, and what these students show."""
+    by_loss = {str(run.aim["loss"]): run for run in runs if run.texts is not None}
+    written = next((run.texts for run in by_loss.values()), None)
+    if written is None:
+        return ""
+    lines = [
+        f"Each student writes {written.prompts} texts of {written.new} tokens, drawn at temperature 1 by one seed. "
+        "ExAccErr(l) = R(l) / (l ε(l)) − 1 at l, the length of the texts: R(l) is the sum over the first l tokens of "
+        "the mean KL(teacher ‖ student) after what the student wrote, l ε(l) the same after what the teacher wrote "
+        "(arXiv:2204.01171). One seed and few steps: what differs little is not told apart.",
+        "",
+        "| what papers say | here | |",
+        "| --- | --- | --- |",
+    ]
+    for one, other, key, claim in CLAIMS:
+        if one in by_loss and other in by_loss:
+            low, high = (_value(by_loss[loss], key) for loss in (one, other))
+            verdict = "as said" if low < high else "**not here**"
+            lines.append(f"| {claim} | {WORDS[key]} {low:.4g} ({one}) and {high:.4g} ({other}) | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _value(run: Training, key: str) -> float:
+    if key == "perplexity":
+        return math.nan if run.after is None else run.after.perplexity
+    return math.nan if run.texts is None else float(getattr(run.texts, key))
 
 
 def _whole(run: Training) -> bool:
