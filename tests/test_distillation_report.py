@@ -37,3 +37,12 @@ def test_what_a_paper_says_is_confirmed_by_the_figures_alone(low, high, verdict)
     line = next(x for x in distillation.said([one, other]).splitlines() if "ExAccErr" in x and x.startswith("|"))
     assert f"{low:.4g} (minillm) and {high:.4g} (fkl)" in line
     assert verdict in line
+
+
+def test_the_readme_shows_the_figures_of_the_committed_runs():
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = dict(runs())
+    for name in ("rtn3", "rtn3-self", "gptq3", "qlora-nf4"):
+        assert f"| {found[name].before.perplexity:.1f} | {found[name].after.perplexity:.1f} |" in shown, name
+    adapters, whole = (found[name].peak_memory / 1e9 for name in ("qlora-nf4", "full"))
+    assert f"took {adapters:.2f} GB at their peak, all weights without it {whole:.2f} GB" in shown
