@@ -97,11 +97,12 @@ def distill(
     if teacher is None and aim.loss != "ce" and student is not None:
         raise RecipeError(249, f"loss {aim.loss} needs a teacher; name one by --teacher, or take the loss ce.")
     taught = aim.loss != "ce" or teacher is not None
-    found = load.find(None if teacher == DEMO else teacher, trust_remote_code=trust_remote_code) if taught else None
+    named = None if teacher == DEMO else teacher  # the demo model, whatever else is called so
+    found = load.find(named, trust_remote_code=trust_remote_code) if taught else None
     wanted = tuple(parse_list(parts)) or ("scales", "norms")
     if options["lr"] is None:
         options["lr"] = 2e-3 if (kept or method) and not {"weights", "biases"} & set(wanted) else 1e-4
-    job = job_of("distill", found, aim, options, inputs=folders(student, teacher), **more)
+    job = job_of("distill", found, aim, options, inputs=folders(student, named), **more)
     source = None if kept else load.find(student, trust_remote_code=trust_remote_code)
     chosen = None
     if method is not None:
