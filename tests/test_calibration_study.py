@@ -164,6 +164,13 @@ def test_what_was_made_otherwise_is_not_taken_over(made, texts, changes, what):
         calibration_study(TINY, out=made[0], resume=True, **small(texts, **changes))
 
 
+def test_a_study_that_is_there_is_not_written_over(made, texts):
+    before = (made[0] / JSON).read_bytes()
+    with pytest.raises(PlanError, match=r"QF-282.*--resume goes on with it"):
+        calibration_study(TINY, out=made[0], **small(texts))
+    assert (made[0] / JSON).read_bytes() == before
+
+
 @pytest.mark.parametrize("field", ["model", "versions", "machine", "pools", "fingerprint"])
 def test_another_model_text_version_or_machine_is_named(made, texts, tmp_path, field):
     study = made[1]
@@ -373,19 +380,33 @@ def test_seeds_that_share_most_of_their_windows_show_nothing():
     assert not any("the seeds share" in note for note in spread.notes(half))
     for names in (("a",), ("b",), ("a", "b")):
         few = with_tokens(study, 7 * 8, *names)  # 4 of 7
-        for effect in spread.effects(few):
-            for shift in (effect.loss, effect.kl):
-                assert shift.change is not None
-                assert (shift.change.p, shift.verdict) == (1.0, spread.ALIKE)
-        assert spread.effects(few)[0].loss.change.mean == spread.effects(half)[0].loss.change.mean
         said = [note for note in spread.notes(few) if "the seeds share" in note]
         assert [note.partition(" are drawn")[0] for note in said] == [
             f"4 of the 7 windows of 8 tokens in {n}" for n in names
         ]
-        assert all("(p = 1)" in note for note in said)
-        assert "(no difference shown)" in spread.lead(few)
+    none = with_tokens(study, 3 * 8, "a", "b")  # 2 of 3, and 4 of 3
+    for effect in spread.effects(none):
+        for shift in (effect.loss, effect.kl):
+            assert shift.change is not None
+            assert (shift.change.p, shift.verdict) == (1.0, spread.ALIKE)
+    assert spread.effects(none)[0].loss.change.mean == spread.effects(half)[0].loss.change.mean
+    assert all("(p = 1)" in note for note in spread.notes(none) if "the seeds share" in note)
+    assert "(no difference shown)" in spread.lead(none)
     one = a_study(lambda cell, seed: 0.3 - 0.1 * (cell.data == "c"), cells=(("a", 4), ("b", 4), ("c", 4)))
     assert [e.loss.verdict for e in spread.effects(with_tokens(one, 56, "b"))] == [spread.ALIKE, "better"]
+
+
+def test_choices_are_compared_by_the_cells_whose_seeds_draw_windows_of_their_own():
+    """4 windows are too many for a text of 7: what they would say of the texts and of their number is left out."""
+    study = a_study(lambda cell, seed: 0.3 + wobble(cell, seed) - 0.1 * (cell.data == "b") + 5.0 * (cell.samples == 4))
+    by_text, by_number = spread.effects(with_tokens(study, 7 * 8, "a"))
+    assert by_text.loss.verdict == "better"
+    only_two = a_study(lambda cell, seed: 0.3 + wobble(cell, seed) - 0.1 * (cell.data == "b"), (("a", 2), ("b", 2)))
+    assert by_text.loss == spread.effects(only_two)[0].loss
+    only_b = a_study(lambda cell, seed: 0.2 + wobble(cell, seed) + 5.0 * (cell.samples == 4), (("b", 2), ("b", 4)))
+    assert by_number.loss == spread.effects(only_b)[0].loss
+    both = spread.effects(with_tokens(study, 7 * 8, "a", "b"))
+    assert [effect.loss.verdict for effect in both] == ["better", spread.ALIKE]
 
 
 # --- the record and its pages -----------------------------------------------------------------------------------------

@@ -163,6 +163,14 @@ def test_every_layer_has_a_row_and_gptq_loses_less_in_each_kind(made):
     assert [row.block for row in three["gptq"]] == sorted(row.block for row in three["gptq"])
 
 
+def test_a_report_that_is_there_is_not_written_over(made, shared):
+    folder = made[0] / "report"
+    before = (folder / "report.json").read_bytes()
+    with pytest.raises(PlanError, match=r"QF-279.*--resume goes on with it"):
+        quantforge.compare(TINY, methods=["rtn"], out=folder, **shared)
+    assert (folder / "report.json").read_bytes() == before
+
+
 def test_settings_go_to_the_methods_that_have_them(shared):
     settings = {"solver.damp_percent": 0.05}
     found = runs(quantforge.compare(TINY, methods=["rtn", "gptq"], bits=(8,), settings=settings, **shared))

@@ -263,7 +263,7 @@ def test_columns_that_nobody_measured_are_left_out():
     ]  # fmt: skip
     everything = [column.heading for column in tables.results(rich()).columns]
     assert everything[5:8] == ["same top-1 (%)", "bits/byte", "right (%)"]
-    assert everything[-1] == "tokens/s"
+    assert everything[-1] == "evaluated (tokens/s)"
 
 
 def test_answers_to_different_tasks_are_not_thrown_together():

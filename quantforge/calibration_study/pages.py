@@ -52,7 +52,7 @@ def effect_table(study: Study) -> Table:
         Column("from", "first level", text=True),
         Column("to", "other level", text=True),
         Column("of", "what changes", text=True),
-        Column("change", "of the mean over all other choices"),
+        Column("change", "of the mean over all other choices, less those whose seeds share most of their windows"),
         Column("95 % over windows", "interval of that change"),
         Column("over seeds", "standard deviation of that change over seeds"),
         Column("p", "the larger of the p-values over windows and over seeds"),

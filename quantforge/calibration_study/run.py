@@ -122,6 +122,8 @@ def calibration_study(
         created=datetime.date.today().isoformat(),
         runs=(),
     )
+    if folder is not None and not resume and (folder / JSON).exists():
+        raise PlanError(282, f"{folder} has a study already; --resume goes on with it, or name another folder.")
     if resume and folder is not None:
         study = _taken_over(study, folder, draws)
     done = {(run.cell, run.seed) for run in study.runs}
@@ -152,7 +154,7 @@ def _taken_over(study: Study, folder: Path, draws: Sequence[Draw]) -> Study:
     ]
     for what, mine, theirs in pairs:
         if mine != theirs:
-            raise PlanError(280, f"--resume: {path} was made with another {what}; leave --resume out to start anew.")
+            raise PlanError(280, f"--resume: {path} was made with another {what}; name another folder.")
     names = {pool.name for pool in study.pools}
     pools = (*study.pools, *(pool for pool in found.pools if pool.name not in names))
     return _with_runs(replace(study, pools=pools, float_losses=found.float_losses), found.runs, draws)

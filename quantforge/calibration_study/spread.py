@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+from typing import Any
 
 from scipy import stats  # type: ignore[import-untyped]
 
@@ -119,7 +120,8 @@ def effects(study: Study) -> list[Effect]:
 
     A seed's draws in the cells of one set are not independent, so that the seeds themselves are what is counted: each
     gives one change, and Student's t-test asks whether their mean differs from 0. Where the seeds of a cell share most
-    of their windows they agree whatever chance does, and the test is not made: p = 1.
+    of their windows they agree whatever chance does: that cell and the one it would be compared with are left out, and
+    where that leaves none, all are taken and the test is not made: p = 1.
     """
     done = {(run.cell, run.seed): run for run in study.runs}
     if any((cell, seed) not in done for cell in study.design.cells for seed in study.design.seeds):
@@ -128,13 +130,14 @@ def effects(study: Study) -> list[Effect]:
     for factor, (_, level_of) in FACTORS.items():
         first, *others = dict.fromkeys(map(level_of, study.design.cells))
         for other in others:
+            moved: dict[str, Any] = {factor: other}
+            pairs = [(c, replace(c, **moved)) for c in study.design.cells if level_of(c) == first]
+            apart = [pair for pair in pairs if not any(shares_most(study, cell) for cell in pair)]
             before, after = (
-                [[done[c, seed] for c in study.design.cells if level_of(c) == level] for seed in study.design.seeds]
-                for level in (first, other)
+                [[done[cell, seed] for cell in level] for seed in study.design.seeds]
+                for level in zip(*(apart or pairs), strict=True)
             )
-            compared = [cell for cell in study.design.cells if level_of(cell) in (first, other)]
-            apart = not any(shares_most(study, cell) for cell in compared)
-            shifts = (_shift(measure, before, after, apart=apart) for measure in (_losses, _kls))
+            shifts = (_shift(measure, before, after, apart=bool(apart)) for measure in (_losses, _kls))
             found.append(Effect(factor, first, other, *shifts))
     return found
 
@@ -177,7 +180,8 @@ def notes(study: Study) -> list[str]:
         found.append(
             f"{cell.samples} of the {_available(pools[cell.data], cell.seq_len)} windows of {cell.seq_len} tokens in "
             f"{cell.data} are drawn: the seeds share most of them and tell too little of chance. Their spread is too "
-            "small, and no difference that they are part of is shown (p = 1): use a longer text, or fewer windows."
+            "small, and choices are compared without that cell and its counterparts, or, where nothing else is left, "
+            "not shown to differ (p = 1): use a longer text, or fewer windows."
         )
     return found
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantforge.cli.options import print_result
-from quantforge.errors import DataError
+from quantforge.errors import DataError, PlanError
 
 if TYPE_CHECKING:
     from quantforge.record import Report
@@ -30,6 +30,9 @@ def report(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     from quantforge.store import check_report_folder
 
     check_report_folder(out)
+    for file in files:
+        if (file / "report.json" if file.is_dir() else file).resolve().parent == out.resolve():
+            raise PlanError(283, f"--out {out} holds {file}, which would be lost; name another folder.")
     merged = reports.merge([_read(file) for file in files], [str(file) for file in files])
     reports.write(merged, out)
     print_result(record.to_json(merged) if as_json else f"{reports.table(merged)}\n{out / 'report.html'}")

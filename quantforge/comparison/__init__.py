@@ -26,7 +26,7 @@ from quantforge.memory import in_use
 from quantforge.models import activations
 from quantforge.models import load as loading
 from quantforge.models.kvcache import KVFormat
-from quantforge.plan import Plan, check_export, make
+from quantforge.plan import Plan, make
 from quantforge.record import Origin, Report, Run
 from quantforge.store import check_report_folder, check_target, write_text
 
@@ -128,6 +128,8 @@ def compare(
         for one in models
     ]
     place = None if out is None else Path(out)
+    if place is not None and not resume and (place / "report.json").exists():
+        raise PlanError(279, f"{place} has a report already; --resume goes on with it, or name another folder.")
     own = [place if place is None or len(models) == 1 else place / _folder(one) for one in models]
     ready = [prepare(request, folder, resume=resume) for request, folder in zip(requests, own, strict=True)]
     for job in ready:
@@ -326,9 +328,9 @@ def _earlier(out: Path, job: Job) -> tuple[Run, ...]:
     }
     for name, words in names.items():
         if len(found.origins) > 1 or getattr(ours, name) != getattr(theirs, name):
-            raise PlanError(272, f"--resume: the report in {out} was made with other {words}; leave --resume out.")
+            raise PlanError(272, f"--resume: the report in {out} was made with other {words}; name another folder.")
     if found.protocol != PROTOCOL:
-        raise PlanError(272, f"--resume: the report in {out} was made by another protocol; leave --resume out.")
+        raise PlanError(272, f"--resume: the report in {out} was made by another protocol; name another folder.")
     return tuple(run for run in found.runs if "failed" not in run.options)
 
 
@@ -363,7 +365,7 @@ def _check_kept(keep: Path, plans: Mapping[str, Plan], source: loading.Source, *
     if resume:
         raise PlanError(273, "--resume takes over runs without their checkpoints; leave --keep out.")
     for label, plan in plans.items():
-        check_export(plan, exporters.choose(plan))
+        exporters.check(plan, exporters.choose(plan))
         target = keep / label
         if os.path.lexists(target):
             raise PlanError(271, f"--keep {target} exists; choose another folder, or remove it first.")

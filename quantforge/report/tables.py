@@ -176,7 +176,12 @@ COST: tuple[Measure, ...] = (
     (Column(SIZE, "of the saved model, 10⁶ bytes"), lambda r: figure(r.bytes_on_disk, ".1f", 1e6)),
     (Column("seconds", "to quantize"), _seconds),
     (Column("peak memory (MB)", "above the loaded model, 10⁶ bytes"), _memory),
-    (Column("tokens/s", "of the evaluation, whole windows at once"), lambda r: figure(r.tokens_per_second, ",.0f")),
+    (
+        Column(
+            "evaluated (tokens/s)", "of the evaluation, whole windows at once, with dequantized weights: not of serving"
+        ),
+        lambda r: figure(r.tokens_per_second, ",.0f"),
+    ),
 )
 BYTE = Column("bits/byte", "bits for each byte of the evaluation text, whatever the tokenizer; lower is better")
 ANSWERS = "right answers to all items, percent"
