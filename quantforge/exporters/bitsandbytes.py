@@ -68,6 +68,10 @@ class Bitsandbytes:
                 )
             if _name(p.format) is None:
                 return f"bitsandbytes cannot hold {p.format} of {p.name}; {', '.join(_FORMATS)} it can."
+            if moe.expert_of(p.name):
+                return f"bitsandbytes checkpoints hold nn.Linear only, not experts such as {p.name}; native can."
+            if p.inputs:
+                return f"4 bits of bitsandbytes cannot hold the rounded inputs ({p.inputs}) of {p.name}; native can."
             if p.solver.extends_format:
                 return f"bitsandbytes cannot hold the single floats of {p.name} beside its codes; native can."
             if p.shape[1] % _BLOCK:
@@ -79,6 +83,14 @@ class Bitsandbytes:
             if p.format != first:
                 return f"bitsandbytes holds one format a model, not {first} and {p.format} of {p.name}; native can."
         return None
+
+    def fix(self, fmt: Format) -> Format:
+        """Return `fmt` as it is."""
+        return fmt
+
+    def dtypes(self, own: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
+        """Return the model's own dtype for floats; scales may have any."""
+        return own, None
 
     def tensors(self, name: str, weight: QWeight) -> dict[str, Tensor]:
         """Return the tensors that stand in the file for the layer `name`, by full name; factors stand elsewhere.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantforge.errors import ModelError
 from quantforge.models import moe
-from quantforge.numerics.formats import NAMED
+from quantforge.numerics.formats import NAMED, Format
 from quantforge.numerics.inputs import Inputs, QInput, parse_inputs
 from quantforge.numerics.problem import QWeight
 from quantforge.numerics.qtensor import QTensor
@@ -61,6 +61,14 @@ class Bitsandbytes8:
             if moe.expert_of(p.name) or len(asked) > 1:
                 return f"bitsandbytes' 8 bits hold nn.Linear with one threshold a model, not {p.name}; native can."
         return None
+
+    def fix(self, fmt: Format) -> Format:
+        """Return `fmt` as it is."""
+        return fmt
+
+    def dtypes(self, own: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
+        """Return the model's own dtype for floats; scales may have any."""
+        return own, None
 
     def tensors(self, name: str, weight: QWeight) -> dict[str, Tensor]:
         """Return the tensors that stand in the file for the layer `name`, by full name."""

@@ -62,6 +62,14 @@ class Native:
             )
         return None
 
+    def fix(self, fmt: Format) -> Format:
+        """Return `fmt` as it is."""
+        return fmt
+
+    def dtypes(self, own: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
+        """Return the model's own dtype for floats; scales may have any."""
+        return own, None
+
     def tensors(self, name: str, weight: QWeight) -> dict[str, Tensor]:
         """Return the tensors that stand in the file for the layer `name`, by full name."""
         found = _matrix(name, weight.base)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from quantforge.errors import ModelError
 from quantforge.models.folder import MAX_CONFIG, contained
 from quantforge.models.headers import read_header, read_json, show
 from quantforge.numerics.residuals import LowRank
+from quantforge.store import write_tensors, write_text
 
 FOLDER = "adapter"
 _PREFIX = "base_model.model."
@@ -49,9 +50,8 @@ def write(folder: Path, factors: Mapping[str, LowRank], base: str) -> None:
         a, b = low_rank.factors()
         tensors[f"{_PREFIX}{name}{_A}"] = b.contiguous().cpu()
         tensors[f"{_PREFIX}{name}{_B}"] = a.contiguous().cpu()
-    folder.mkdir()
-    (folder / _FILES[0]).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
+    write_text(folder / _FILES[0], json.dumps(config, indent=1) + "\n")
+    write_tensors(folder / _FILES[1], tensors, {"format": "pt"})
 
 
 def read(folder: Path) -> dict[str, LowRank]:

@@ -33,6 +33,8 @@ class Format:
     zero       asymmetric formats only. None: one integer of the grid a block, in as many bits as a code. A dtype: a
                real number in units of a code. A format: such real numbers, quantized
     centered   the mean of the matrix is taken off before all else, and stored in float32
+    minimum    where `zero` is a dtype: what is stored in it is no zero point but the value of the lowest code, in units
+               of the weight, as in GGUF: x ≈ scale · (grid[code] − grid low) + minimum
     """
 
     grid: Grid
@@ -41,6 +43,7 @@ class Format:
     scale: torch.dtype | Format = torch.float32
     zero: torch.dtype | Format | None = None
     centered: bool = False
+    minimum: bool = False
 
     def with_scale(self, dtype: torch.dtype) -> Format:
         """Return this format with scales, and real zero points, stored in `dtype`.
@@ -90,16 +93,23 @@ class Format:
 
     @property
     def short(self) -> str:
-        """Return the notation without the dtypes that a plan sets: `int4-g64-asym`, `nf4-f64-dq`; "zero": real ones."""
+        """Return the notation without the dtypes that a plan sets: `int4-g64-asym`, `nf4-f64-dq`.
+
+        "zero" stands for real zero points, "min" for minima.
+        """
         kind = ("sym" if self.symmetric else "asym",) if isinstance(self.grid, IntGrid) else ()
         kept = ("dq",) if isinstance(self.scale, Format) else ("e8m0",) if self.scale == E8M0 else ()
-        real = ("zero",) if isinstance(self.zero, torch.dtype) else ()
+        real = (self._real,) if isinstance(self.zero, torch.dtype) else ()
         return "-".join((self.grid.name, _where(self.block), *kind, *kept, *real))
 
     def __str__(self) -> str:
-        zero = f"-zero-{_kept(self.zero)}" if self.zero is not None else ""
+        zero = f"-{self._real}-{_kept(self.zero)}" if self.zero is not None else ""
         text = f"{self.grid.name}-{_where(self.block)}-{'sym' if self.symmetric else 'asym'}-{_kept(self.scale)}{zero}"
         return text + ("-centered" if self.centered else "")
+
+    @property
+    def _real(self) -> str:
+        return "min" if self.minimum else "zero"
 
 
 def _bits(kept: torch.dtype | Format, shape: tuple[int, int]) -> int:
@@ -145,21 +155,21 @@ def parse(text: str) -> Format:
     """Read a notation such as `int4-g64-asym`, `nf4-g64` or `int8-channel-sym-bf16`, or a name; ValueError if it is
     none.
 
-    The forms are GRID-(gN|fN|bNxM|channel|token|tensor)[-sym|-asym][-fp32|-bf16|-fp16|-e8m0][-zero-DTYPE], where
-    GRID is intB, nfK or another of `quantforge formats`; symmetric and fp32 if left out. The names are those of
+    The forms are GRID-(gN|fN|bNxM|channel|token|tensor)[-sym|-asym][-fp32|-bf16|-fp16|-e8m0][-zero-DTYPE|-min-DTYPE],
+    where GRID is intB, nfK or another of `quantforge formats`; symmetric and fp32 if left out. The names are those of
     `NAMED`.
     """
     if text in NAMED:
         return NAMED[text]
     m = re.fullmatch(
         r"([a-z]+[a-z0-9]*)-(?:g([1-9]\d*)|f([1-9]\d*)|b([1-9]\d*)x([1-9]\d*)|(channel|token|tensor))"
-        r"(?:-(sym|asym))?(?:-(fp32|bf16|fp16|e8m0))?(?:-zero-(fp32|bf16|fp16))?",
+        r"(?:-(sym|asym))?(?:-(fp32|bf16|fp16|e8m0))?(?:-(zero|min)-(fp32|bf16|fp16))?",
         text,
     )
     grid = grids.find(m[1]) if m else None
     if not m or grid is None:
         raise ValueError(f"{text!r} is no format; write for example int4-g64-asym, int8-channel-sym or nf4-g64")
-    _, group, flat, rows, cols, whole, kind, scale, zero = m.groups()
+    _, group, flat, rows, cols, whole, kind, scale, real, zero = m.groups()
     block: Block = (None if whole == "tensor" else 1, None)
     if flat:
         block = Flat(int(flat))
@@ -172,7 +182,8 @@ def parse(text: str) -> Format:
         raise ValueError(f"{text!r} is no format: what is symmetric has no zero points")
     if not symmetric and not isinstance(grid, IntGrid):
         raise ValueError(f"{text!r} is no format: only integer grids have zero points")
-    return Format(grid, block, symmetric, SCALE_DTYPES[scale or "fp32"], SCALE_DTYPES[zero] if zero else None)
+    kept = SCALE_DTYPES[zero] if zero else None
+    return Format(grid, block, symmetric, SCALE_DTYPES[scale or "fp32"], kept, minimum=real == "min")
 
 
 def to_json(fmt: Format) -> dict[str, Any]:
@@ -186,6 +197,7 @@ def to_json(fmt: Format) -> dict[str, Any]:
         "scale": _kept_json(fmt.scale),
         "zero": None if fmt.zero is None else _kept_json(fmt.zero),
         "centered": fmt.centered,
+        "minimum": fmt.minimum,
     }
 
 
@@ -205,7 +217,11 @@ def from_json(value: Any) -> Format:
         rows, cols = (None if n is None else _size(n) for n in block)
         found = (rows, cols)
     zero = None if value["zero"] is None else _read_kept(value["zero"])
-    return Format(grid, found, bool(value["symmetric"]), _read_kept(value["scale"]), zero, bool(value["centered"]))
+    minimum = bool(value.get("minimum", False))  # which earlier versions did not write
+    if minimum and (not isinstance(zero, torch.dtype) or value["symmetric"]):
+        raise ValueError("only what is asymmetric has minima, and they are plain floats")
+    scale, symmetric = _read_kept(value["scale"]), bool(value["symmetric"])
+    return Format(grid, found, symmetric, scale, zero, bool(value["centered"]), minimum)
 
 
 def _read_kept(value: Any) -> torch.dtype | Format:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from quantforge.numerics.blocks import Flat, counts, spread, tiles
 from quantforge.numerics.formats import E8M0, Format
-from quantforge.numerics.ranges import Range, plain_format, real_zero, rule
+from quantforge.numerics.ranges import Range, minima, plain_format, real_zero, rule
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """A matrix [rows, cols] held as codes: x ≈ offset + scale · (grid[code] − zero).
+    """A matrix [rows, cols] held as codes: x ≈ offset + scale · (grid[code] − zero), or scale · code + minimum.
 
     codes   [rows, cols] uint8, indices into `format.grid.values`
     scale   [row blocks, column blocks], > 0 and finite, in the dtype `format.scale`; or codes of that format
-    zero    the same shape: int8 values of the grid, or real numbers as `format.zero` says; None when it is symmetric
+    zero    the same shape: int8 values of the grid, or real numbers as `format.zero` says, which are minima where the
+            format has them; None when it is symmetric
     offset  the mean that was taken off, a float32 scalar; None unless the format is centered
     """
 
@@ -43,8 +44,10 @@ class QTensor:
 
         The default is the dtype of the scales; float32 where they are quantized. Flat blocks and narrow integers, as in
         bitsandbytes, and what only quantforge reads, quantized scales and real zero points, are computed in float32 and
-        rounded.
+        rounded; so is code · scale + minimum, as GGUF's readers do.
         """
+        if self.format.minimum:
+            return self._from_minima(dtype)
         plain = not isinstance(self.format.block, Flat) and not self.format.grid.name.startswith("narrow")
         stock = plain and isinstance(self.scale, Tensor) and self.format.zero is None
         if not stock and dtype not in (None, torch.float32, torch.float64):
@@ -56,6 +59,21 @@ class QTensor:
             value -= spread(_dense(self.zero), self.shape, self.format.block).to(dtype)
         value.mul_(spread(scale, self.shape, self.format.block).to(dtype))
         return value if self.offset is None else value.add_(self.offset.to(dtype))
+
+    def _from_minima(self, dtype: torch.dtype | None) -> Tensor:
+        assert isinstance(self.scale, Tensor)
+        assert isinstance(self.zero, Tensor)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        value = self.codes.to(wide)  # how many steps above the lowest
+        value.mul_(spread(self.scale, self.shape, self.format.block).to(wide))
+        value.add_(spread(self.zero, self.shape, self.format.block).to(wide))
+        return value.to(dtype or self.scale.dtype)
+
+    def zero_points(self) -> Tensor | None:
+        """Return zero points in units of a code, in float32, also where minima are stored; None if symmetric."""
+        if self.zero is None or not self.format.minimum:
+            return None if self.zero is None else _dense(self.zero).float()
+        return self.format.grid.low - _dense(self.zero).float() / _dense(self.scale).float()
 
     def rows(self, start: int, stop: int) -> QTensor:
         """Return rows `start` to `stop`, which must not cut through what the format stores together."""
@@ -118,7 +136,7 @@ def fit(w: Tensor, fmt: Format, name: str = "minmax", importance: Tensor | None 
         nested_zero = encode(zero, fmt.zero)
         zero = nested_zero.dequantize(torch.float32)
     elif fmt.zero is not None:
-        zero = real_zero(zero, fmt)
+        zero = real_zero(zero, fmt, scale)
     return Range(scale, zero, (nested_scale, nested_zero), before)
 
 
@@ -160,7 +178,8 @@ def from_values(value: Tensor, r: Range, fmt: Format) -> QTensor:
     scale, zero = r.nested
     kept: Tensor | QTensor | None = zero
     if zero is None and not fmt.symmetric:
-        kept = r.zero.to(fmt.zero if isinstance(fmt.zero, torch.dtype) else torch.int8)
+        found = minima(r.zero, r.scale, fmt) if fmt.minimum else r.zero
+        kept = found.to(fmt.zero if isinstance(fmt.zero, torch.dtype) else torch.int8)
     if scale is None:
         assert isinstance(fmt.scale, torch.dtype)
         return QTensor(fmt, fmt.grid.encode(value), r.scale.to(fmt.scale), kept)
@@ -173,7 +192,8 @@ def quantize(x: Tensor, r: Range, fmt: Format) -> QTensor:
     if r.scale.shape != counts(shape, fmt.block):
         raise ValueError(f"a range of shape {tuple(r.scale.shape)} does not fit {shape} in blocks of {fmt.block}")
     scale = spread(r.scale if r.before is None else r.before, shape, fmt.block)
-    return from_values(_divide(x, scale, fmt) + spread(r.zero, shape, fmt.block), r, fmt)
+    zero = real_zero(r.zero, fmt, r.scale) if fmt.minimum else r.zero  # of ranges that were made without regard to it
+    return from_values(_divide(x, scale, fmt) + spread(zero, shape, fmt.block), r, fmt)
 
 
 def _divide(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:

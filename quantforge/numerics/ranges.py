@@ -28,8 +28,8 @@ class Range:
     """Scale and zero point of each block.
 
     scale   [row blocks, column blocks] float32, every value exact in the format's stored dtype, > 0 and finite
-    zero    the same shape, float32: integers within the grid, or real numbers exact in the stored dtype; all zeros when
-            the format is symmetric
+    zero    the same shape, float32: integers within the grid, or real numbers exact in the stored dtype, or those that
+            stored minima stand for, grid low − minimum / scale; all zeros when the format is symmetric
     nested  the codes of scale and zero where the format quantizes them; those scales may be of either sign, but not 0
     before  the scales before they were quantized, where plain rounding chooses codes against those; None otherwise
     """
@@ -69,7 +69,7 @@ def from_limits(low: Tensor, high: Tensor, fmt: Format) -> Range:
         low, high = torch.where(alike, low.clamp(max=0), low), torch.where(alike, high.clamp(min=0), high)
         scale = torch.maximum((high - low) / steps, finest)
         scale = stored(torch.where(scale > 0, scale, 1.0), fmt.scale)
-        return Range(scale, real_zero(fmt.grid.low - low / scale, fmt))
+        return Range(scale, real_zero(fmt.grid.low - low / scale, fmt, scale))
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = stored(torch.where(high > low, (high - low) / steps, 1.0), fmt.scale)
     zero = (fmt.grid.low - low / scale).round().clamp(fmt.grid.low, fmt.grid.high)
@@ -83,10 +83,26 @@ def plain_format(fmt: Format) -> Format:
     return replace(fmt, scale=scale, zero=zero)
 
 
-def real_zero(zero: Tensor, fmt: Format) -> Tensor:
-    """Round real zero points to the dtype in which `fmt` stores them, and back to float32."""
-    assert isinstance(fmt.zero, torch.dtype)
-    return zero.float().clamp(torch.finfo(fmt.zero).min, torch.finfo(fmt.zero).max).to(fmt.zero).float()
+def real_zero(zero: Tensor, fmt: Format, scale: Tensor | None = None) -> Tensor:
+    """Round real zero points to what `fmt` stores of them in its dtype, and back to float32.
+
+    scale  of the same shape: minima are rounded in units of the weight; without it their zero points stay as they are
+    """
+    if not fmt.minimum:
+        return _to_dtype(zero, fmt.zero)
+    if scale is None:
+        return zero.float()
+    return fmt.grid.low - minima(zero, scale, fmt) / scale
+
+
+def minima(zero: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """Return the values that the lowest code has under real zero points, as `fmt` stores them, in float32."""
+    return _to_dtype((fmt.grid.low - zero) * scale, fmt.zero)
+
+
+def _to_dtype(x: Tensor, dtype: torch.dtype | Format | None) -> Tensor:
+    assert isinstance(dtype, torch.dtype)
+    return x.float().clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype).float()
 
 
 def round_to(x: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> Tensor:
@@ -172,7 +188,7 @@ def _search(
             else:  # both ends move towards the middle of the range
                 zero = start.zero
                 if fmt.zero is not None:
-                    zero = real_zero(middle - (middle - zero) * (start.scale / scale), fmt)
+                    zero = real_zero(middle - (middle - zero) * (start.scale / scale), fmt, scale)
                 clipped = fmt.grid.round(exact + zero[..., None]).sub_(zero[..., None])
             error = clipped.sub_(exact).abs_().pow_(power) if power != 2 else clipped.sub_(exact).square_()
             loss = (error if weights is None else error.mul_(weights)).sum(-1) * (scale / start.scale) ** power

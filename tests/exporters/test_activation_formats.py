@@ -101,7 +101,7 @@ def test_in_float32_stock_transformers_computes_the_same_logits(tmp_path, kind, 
     result = quantized(kind, weights, inputs, dtype)
     result.save(tmp_path / "out")
     assert config_in(tmp_path / "out")["format"] == layout
-    ours = quantforge.load(tmp_path / "out", FP32)
+    ours = quantforge.load(tmp_path / "out", FP32, packed=False)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=FP32)
     assert torch.equal(logits(ours), logits(result.model))
     assert torch.equal(logits(ours), logits(stock))
@@ -120,12 +120,12 @@ def names(result: Result) -> list[str]:
 @pytest.mark.parametrize(("kind", "weights", "inputs", "dtype", "layout"), CASES)
 def test_in_bfloat16_stock_transformers_is_about_as_exact(tmp_path, kind, weights, inputs, dtype, layout):
     quantized(kind, weights, inputs, dtype).save(tmp_path / "out")
-    ours = logits(quantforge.load(tmp_path / "out", BF16)).float()
+    ours = logits(quantforge.load(tmp_path / "out", BF16, packed=False)).float()
     theirs = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=BF16)).float()
     if inputs is None:
         assert torch.equal(ours, theirs)
         return
-    exact = logits(quantforge.load(tmp_path / "out", FP32))
+    exact = logits(quantforge.load(tmp_path / "out", FP32, packed=False))
     assert (theirs - exact).norm() < 1.5 * (ours - exact).norm()
     if inputs[:4] in COARSE:  # int4 is too coarse for any bound to say something
         assert (theirs - ours).norm() < COARSE[inputs[:4]] * ours.norm()
@@ -136,10 +136,10 @@ def test_fp4_is_the_same_in_stock_transformers_in_bfloat16(tmp_path, weights, la
     result = quantized("llama", weights, None)
     result.save(tmp_path / "out")
     assert config_in(tmp_path / "out")["format"] == layout
-    assert torch.equal(logits(quantforge.load(tmp_path / "out", FP32)), logits(result.model))
+    assert torch.equal(logits(quantforge.load(tmp_path / "out", FP32, packed=False)), logits(result.model))
     with torch.compiler.set_stance("force_eager"):
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=BF16)
-        assert torch.equal(logits(quantforge.load(tmp_path / "out")), logits(stock))
+        assert torch.equal(logits(quantforge.load(tmp_path / "out", packed=False)), logits(stock))
     for layer in result.layers:
         assert torch.equal(stock.get_submodule(layer.name).weight, layer.weight.dequantize(BF16))
 
@@ -167,7 +167,7 @@ def test_int8_with_rounded_inputs_is_saved_as_int_quantized_without_being_asked(
         },
         "ignore": ["lm_head"],
     }
-    assert torch.equal(logits(made.model), logits(quantforge.load(tmp_path / "out")))
+    assert torch.equal(logits(made.model), logits(quantforge.load(tmp_path / "out", packed=False)))
 
 
 @pytest.mark.parametrize(("weights", "inputs", "layout"), HELD)
@@ -197,7 +197,7 @@ def test_layers_of_several_layouts_share_a_file(tmp_path):
     assert config["format"] == "mixed-precision"
     assert {g["format"] for g in config["config_groups"].values()} == {PACK, INT, FLOAT}
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=FP32)
-    assert torch.equal(logits(quantforge.load(tmp_path / "out", FP32)), logits(result.model))
+    assert torch.equal(logits(quantforge.load(tmp_path / "out", FP32, packed=False)), logits(result.model))
     assert torch.equal(logits(stock), logits(result.model))
 
 
@@ -209,7 +209,7 @@ def test_attention_rounds_its_inputs_beside_experts_that_do_not(tmp_path):
     result.save(tmp_path / "out")
     assert {g["format"] for g in config_in(tmp_path / "out")["config_groups"].values()} == {PACK, INT}
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=FP32)
-    ours = logits(quantforge.load(tmp_path / "out", FP32))
+    ours = logits(quantforge.load(tmp_path / "out", FP32, packed=False))
     assert torch.equal(ours, logits(result.model))
     assert torch.equal(ours, logits(stock))
 
@@ -242,7 +242,7 @@ def test_what_no_layout_holds_goes_into_our_own_container(weights, inputs):
     _, plan = planned("llama", weights, inputs)
     assert not CompressedTensors().takes(plan)
     with pytest.raises(PlanError, match="compressed-tensors cannot hold"):
-        planning.check_export(plan, CompressedTensors())
+        exporters.check(plan, CompressedTensors())
     assert isinstance(exporters.choose(plan), Native)
 
 
@@ -269,7 +269,7 @@ def test_channels_kept_in_float_go_into_our_own_container(inputs):
 def test_what_stock_loaders_would_compute_otherwise_is_not_written_for_them(kind, weights, inputs, reason):
     _, plan = planned(kind, weights, inputs)
     with pytest.raises(PlanError, match=reason) as caught:
-        planning.check_export(plan, CompressedTensors())
+        exporters.check(plan, CompressedTensors())
     assert "\n" not in str(caught.value)
     assert isinstance(exporters.choose(plan), Native)
 
@@ -282,13 +282,13 @@ def test_a_correction_goes_beside_weights_but_not_beside_rounded_inputs(tmp_path
     result.save(tmp_path / "out")
     assert config_in(tmp_path / "out")["format"] == MXFP4
     assert any(isinstance(r, LowRank) for layer in result.layers for r in layer.weight.residuals)
-    assert torch.equal(logits(quantforge.load(tmp_path / "out", FP32)), logits(result.model))
+    assert torch.equal(logits(quantforge.load(tmp_path / "out", FP32, packed=False)), logits(result.model))
 
 
 def test_uneven_groups_with_rounded_inputs_are_refused_with_those_that_work():
     _, plan = planned("llama", "int4-g64-sym", "int8-token")
     with pytest.raises(PlanError, match=r"group size 64 does not divide .* these sizes divide every layer: 32, 16"):
-        planning.check_export(plan, exporters.choose(plan))
+        exporters.check(plan, exporters.choose(plan))
 
 
 def drawn(weights: str, inputs: str | None, shape: tuple[int, int], seed: int) -> QWeight:
@@ -550,10 +550,10 @@ def test_float_experts_that_stock_loaders_would_lose_go_into_our_own_container(t
     model, plan = untabled("olmoe", "int4-g32-sym", None, **MIXTURE)
     assert plan.fused == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
     with pytest.raises(PlanError, match=r"lose the float experts of model\.layers\.0\.mlp\.experts \(with 1 more\)"):
-        planning.check_export(plan, CompressedTensors())
+        exporters.check(plan, CompressedTensors())
     result = saved(model, plan, tmp_path / "out")
     assert config_in(tmp_path / "out")["quant_method"] == "quantforge"
-    assert torch.equal(logits(quantforge.load(tmp_path / "out")), logits(result.model))
+    assert torch.equal(logits(quantforge.load(tmp_path / "out", packed=False)), logits(result.model))
 
 
 @pytest.mark.parametrize("inputs", [None, "e4m3-tensor-static"])
@@ -569,7 +569,7 @@ def test_inputs_by_token_are_written_only_for_architectures_whose_layers_get_no_
     model, plan = untabled("stablelm", "int8-channel-sym", "int8-token")
     assert not plan.known
     with pytest.raises(PlanError, match="gets a list of tokens, as it may in an architecture that the table lacks"):
-        planning.check_export(plan, CompressedTensors())
+        exporters.check(plan, CompressedTensors())
     assert isinstance(exporters.choose(plan), Native)
     model, plan = untabled("stablelm", "int8-channel-sym", "int8-tensor")
     result = saved(model, plan, tmp_path / "out")

@@ -224,7 +224,7 @@ def trained(request, tmp_path_factory) -> tuple[str, Path, Result]:
 
 def test_stock_transformers_loads_a_quantized_folder_and_computes_the_same(trained):
     _, folder, result = trained
-    loaded, mine = stock(folder, torch.bfloat16), quantforge.load(folder, torch.bfloat16)
+    loaded, mine = stock(folder, torch.bfloat16), quantforge.load(folder, torch.bfloat16, packed=False)
     assert packed_layers(loaded).keys() == result.plan.layers.keys()
     in_memory = {layer.name: layer.weight for layer in result.layers}
     for name, module in packed_layers(loaded).items():
@@ -279,7 +279,7 @@ def test_stock_transformers_computes_the_same_logits(tmp_path, kind, dtype, weig
     result = saved(tmp_path / "out", kind, dtype, weights, skip)
     loaded = stock(tmp_path / "out", dtype)
     assert packed_layers(loaded).keys() == result.plan.layers.keys()
-    mine = quantforge.load(tmp_path / "out", dtype)
+    mine = quantforge.load(tmp_path / "out", dtype, packed=False)
     for name, module in packed_layers(loaded).items():
         dense = library.dequantize_4bit(module.weight.data, module.weight.quant_state)
         assert torch.equal(dense.to(dtype), mine.get_submodule(name).weight)
@@ -334,7 +334,7 @@ def test_other_formats_single_floats_and_transposed_layers_are_refused_by_layer(
     assert not Bitsandbytes().takes(planning.replace(plan, layers=layers))
     assert "single floats" in Bitsandbytes().refuses(planning.replace(plan, layers=layers))
     with pytest.raises(PlanError, match="Conv1D"):
-        planning.check_export(plan_of("gpt2"), Bitsandbytes())
+        exporters.check(plan_of("gpt2"), Bitsandbytes())
 
 
 @pytest.mark.parametrize("config", [{}, CONFIG | {"quant_method": "gptq"}, CONFIG | {"load_in_4bit": False}])
@@ -462,7 +462,7 @@ def corrected(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_stock_peft_merges_a_low_rank_correction_to_the_same_weights(corrected, dtype):
-    mine, base = quantforge.load(corrected, dtype), dense_stock(corrected, dtype)
+    mine, base = quantforge.load(corrected, dtype, packed=False), dense_stock(corrected, dtype)
     plain = logits(base)
     with_factors = merged(base, corrected / "adapter")
     for name, weight in mine.state_dict().items():
@@ -472,7 +472,7 @@ def test_stock_peft_merges_a_low_rank_correction_to_the_same_weights(corrected, 
 
 
 def test_stock_peft_computes_with_the_factors_beside_the_weights(corrected):
-    mine = quantforge.load(corrected, torch.float32)
+    mine = quantforge.load(corrected, torch.float32, packed=False)
     beside = PeftModel.from_pretrained(dense_stock(corrected, torch.float32), corrected / "adapter").eval()
     torch.testing.assert_close(logits(beside), logits(mine), rtol=0, atol=1e-4)
 
@@ -496,7 +496,10 @@ def test_factors_of_several_ranks_are_an_adapter_whose_product_is_added_as_it_is
 
 def test_a_correction_of_bitsandbytes_weights_is_an_adapter_too(tmp_path):
     quantforge.quantize(TRAINED, method="nf4+lorc", calibration=tokens().repeat(4, 1), out=tmp_path / "out")
-    mine, base = quantforge.load(tmp_path / "out", torch.bfloat16), stock(tmp_path / "out", torch.bfloat16)
+    mine, base = (
+        quantforge.load(tmp_path / "out", torch.bfloat16, packed=False),
+        stock(tmp_path / "out", torch.bfloat16),
+    )
     plain = logits(base, exact=True)
     beside = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     # merged in bfloat16 here, and beside the weights there; without the adapter three times as far off

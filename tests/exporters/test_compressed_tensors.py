@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import quantforge
-from quantforge import pipeline, recipe
+from quantforge import exporters, pipeline, recipe
 from quantforge import plan as planning
 from quantforge.errors import ModelError
 from quantforge.exporters.compressed_tensors import CompressedTensors
@@ -59,7 +59,7 @@ def quantized(
     model = tiny.make(kind, dtype=dtype)
     chosen = recipe.replace(recipe.load(method, **{"group_size": 32, **changes}), skip=skip)
     plan = planning.make(model, chosen, dtype)
-    planning.check_export(plan, CompressedTensors())
+    exporters.check(plan, CompressedTensors())
     rows = pipeline.quantize(model.float(), plan, tokens() if chosen.solver.needs else None)
     return Result(model, plan, tuple(rows), None, kind, {}, 0.0, None)
 
@@ -87,20 +87,20 @@ def test_stock_transformers_computes_the_same_logits(tmp_path, kind, bits, symme
     result.save(tmp_path / "out")
     for computed in (dtype, torch.float32):
         theirs = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=computed))
-        ours = logits(quantforge.load(tmp_path / "out", computed))
+        ours = logits(quantforge.load(tmp_path / "out", computed, packed=False))
         assert theirs.dtype == ours.dtype == computed
         assert torch.equal(theirs, ours)
         if computed == torch.float32:
             continue
         assert torch.equal(ours, logits(parameters_in(result.model, dtype)))
-        assert torch.equal(ours, logits(quantforge.load(tmp_path / "out")))
+        assert torch.equal(ours, logits(quantforge.load(tmp_path / "out", packed=False)))
     assert not torch.equal(ours, logits(tiny.make(kind, dtype=dtype).float()))
 
 
 def test_gptq_in_memory_in_float32_is_what_is_read_back(tmp_path):
     model = tiny.make("llama")
     result = quantforge.quantize(model, group_size=32, bits=3, calibration=tokens(), out=tmp_path / "out")
-    assert torch.equal(logits(result.model), logits(quantforge.load(tmp_path / "out")))
+    assert torch.equal(logits(result.model), logits(quantforge.load(tmp_path / "out", packed=False)))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(result.model), logits(stock))
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_with_skipped_layers_loads_in_stock_transformers(tmp_path):
     result = quantized("qwen3", skip=("lm_head", "v_proj", "model.layers.1.mlp.down_proj"))
     result.save(tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.equal(logits(stock), logits(quantforge.load(tmp_path / "out", torch.float32)))
+    assert torch.equal(logits(stock), logits(quantforge.load(tmp_path / "out", torch.float32, packed=False)))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"] == [
         "model.layers.0.self_attn.v_proj",
         "model.layers.1.self_attn.v_proj",

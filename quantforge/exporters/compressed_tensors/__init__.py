@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantforge.errors import ModelError
@@ -80,6 +81,14 @@ class CompressedTensors:
                 f"layers (first {uneven[0].name}); these sizes divide every layer: {works}."
             )
         return _refuses_experts(plan)
+
+    def fix(self, fmt: Format) -> Format:
+        """Return `fmt` as it is."""
+        return fmt
+
+    def dtypes(self, own: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
+        """Return the model's own dtype for floats; scales may have any."""
+        return own, None
 
     def tensors(self, name: str, weight: QWeight) -> dict[str, Tensor]:
         """Return the tensors that stand in the file for the layer `name`, by full name; factors stand elsewhere."""
@@ -161,7 +170,8 @@ def _why_not(p: LayerPlan, plan: Plan) -> str | None:
     if kind is None:
         inputs = f" with inputs in {p.inputs}" if p.inputs else ""
         return (
-            f"compressed-tensors cannot hold {p.format}{inputs} of {p.name}; int2 to int8 by group or channel it can."
+            f"compressed-tensors cannot hold {p.format}{inputs} of {p.name}; int2 to int8 by group or channel it can, "
+            "without minima in floats."
         )
     if p.solver.extends_format:
         return f"compressed-tensors cannot hold what the solver of {p.name} keeps beside its codes; rtn and gptq work."

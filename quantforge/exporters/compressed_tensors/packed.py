@@ -70,9 +70,17 @@ def read(name: str, fmt: Format, parts: Mapping[str, Tensor | None]) -> QTensor:
     values = scale.float()
     if not ((values > 0) & values.isfinite()).all():
         raise ModelError(373, f"{name}.weight_scale holds scales that are not above 0 or no numbers; it is damaged.")
-    half = 1 << (bits - 1)
-    signed = unpack_from_int32(packed, bits, torch.Size(shape))
     zero = None
     if not symmetric and zero_packed is not None:
         zero = unpack_from_int32(zero_packed, bits, torch.Size((down, across)), packed_dim=0).contiguous()
-    return QTensor(fmt.with_scale(scale.dtype), (signed.to(torch.int16) + half).to(torch.uint8), scale, zero)
+    return QTensor(fmt.with_scale(scale.dtype), _codes(packed, bits, (shape[0], shape[1])), scale, zero)
+
+
+def _codes(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
+    """Return the uint8 codes of a weight of `shape` from its words."""
+    if bits in (2, 4, 8):  # every byte holds whole codes, in their order: reading them so is twice as fast
+        stored = packed.contiguous().view(torch.uint8)
+        codes = torch.stack([(stored >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], -1)
+        return codes.flatten(1)[:, : shape[1]].contiguous()
+    signed: Tensor = unpack_from_int32(packed, bits, torch.Size(shape))
+    return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
