@@ -1,0 +1,1 @@
+"""How fast models read prompts and write: samples taken in turn in one process, and a report of their medians."""
