@@ -5,14 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from quantforge import store
 from quantforge.errors import PlanError, QuantForgeError, ResourceError
-from quantforge.store import MARK, check_target, publish, write_text
+from quantforge.journal import Journal
+from quantforge.store import MARK, check_target, disk, failpoints, publish, write_text
 
 
 def mark(text: str) -> str:
@@ -109,7 +115,7 @@ def test_a_disk_that_fails_at_any_step_leaves_the_old_or_the_new_and_no_staging(
 ):
     out = old if exists else old.parent / "other"
     if not exchange:
-        monkeypatch.setattr(store.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
+        monkeypatch.setattr(disk.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
     failing(monkeypatch, name, call)
     failed = None
     try:
@@ -128,7 +134,7 @@ def test_a_disk_that_fails_at_any_step_leaves_the_old_or_the_new_and_no_staging(
 
 
 def test_where_names_cannot_be_exchanged_the_old_folder_is_still_replaced(old, monkeypatch):
-    monkeypatch.setattr(store.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
+    monkeypatch.setattr(disk.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
     save(old, overwrite=True)
     assert contents(old) == whole("new")
     assert os.listdir(old.parent) == ["out"]
@@ -136,7 +142,7 @@ def test_where_names_cannot_be_exchanged_the_old_folder_is_still_replaced(old, m
 
 def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(store, "_sync", lambda path: done.append(path.name))
+    monkeypatch.setattr(disk, "sync", lambda point, path: done.append(path.name))
     real = os.rename
     monkeypatch.setattr(store.os, "rename", lambda a, b: (done.append("rename"), real(a, b)))
     save(tmp_path / "out")
@@ -230,7 +236,7 @@ def test_a_place_that_cannot_be_written_to_is_told_before_any_work(tmp_path, mon
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(store.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(store.tempfile, "mkdtemp", refuse)
     with pytest.raises(ResourceError, match=r"cannot be written to: Permission denied"):
         check_target(tmp_path / "out", overwrite=False)
 
@@ -283,7 +289,7 @@ def test_a_text_gets_the_mode_that_the_umask_gives_and_stands_as_it_is_given(tmp
     assert os.listdir(file.parent) == ["a.md"]
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("step", ["fsync", "chmod", "rename"])
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, step):
     write_text(tmp_path / "a.md", "old")
     failing(monkeypatch, step, 1)
@@ -348,3 +354,108 @@ def test_a_folder_that_may_not_be_read_is_told_in_a_line(old, monkeypatch):
     monkeypatch.setattr(store.Path, "iterdir", forbidden)
     with pytest.raises(ResourceError, match=r"QF-514.*out cannot be read: Permission denied"):
         check_target(old, overwrite=True)
+
+
+def leave_half(out: Path, ready: int) -> None:
+    """Begin to publish, tell so, and wait to be killed."""
+    with publish(out) as staging:
+        fill(staging, "new")
+        os.write(ready, b".")
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_a_killed_process_had_staged_is_swept_up_and_what_a_living_one_has_is_not(tmp_path, alive):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        leave_half(tmp_path / "other", write)
+        os._exit(0)
+    assert os.read(read, 1) == b"."
+    if not alive:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    (tmp_path / ".quantforge.notes.tmp").write_text("a file is no staging folder")
+    save(tmp_path / "out")
+    staged = [p for p in tmp_path.glob(".quantforge.*.tmp") if p.is_dir()]
+    if alive:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert len(staged) == alive
+    assert (tmp_path / ".quantforge.notes.tmp").exists()
+
+
+def test_where_there_are_no_locks_folders_are_published_and_nothing_is_swept(tmp_path, monkeypatch):
+    (tmp_path / ".quantforge.another.tmp").mkdir()
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(disk.fcntl, "flock", refuse)
+    save(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == [".quantforge.another.tmp", "out"]
+
+
+def test_the_probe_of_a_place_syncs_and_renames_and_leaves_nothing(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(disk, "sync", lambda point, path: done.append("sync"))
+    monkeypatch.setattr(disk, "rename", lambda point, old, new: done.append("rename"))
+    check_target(tmp_path / "out", overwrite=False)
+    assert done == ["sync", "rename"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_tensors_are_written_whole_with_the_users_mode(tmp_path):
+    store.write_tensors(tmp_path / "deep" / "t.safetensors", {"a": torch.arange(3)}, {"format": "pt"})
+    store.write_tensors(tmp_path / "deep" / "t.safetensors", {"b": torch.arange(4)})
+    file = tmp_path / "deep" / "t.safetensors"
+    assert {k: v.tolist() for k, v in load_file(file).items()} == {"b": [0, 1, 2, 3]}
+    assert file.stat().st_mode & 0o777 == 0o666 & ~store._umask()
+    assert os.listdir(file.parent) == ["t.safetensors"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"could not be written"):
+        store.write_tensors(tmp_path / "file" / "t", {})
+
+
+def test_a_stream_that_breaks_off_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    def broken(number: int) -> None:
+        with store.stream(tmp_path / "a") as put:
+            put(b"one")
+            put(memoryview(b"two"))
+            monkeypatch.setenv("QUANTFORGE_FAILPOINT", f"stream.write:{number}:ENOSPC")
+            put(b"three")
+
+    failpoints.reset()
+    broken(2)
+    assert (tmp_path / "a").read_bytes() == b"onetwothree"
+    (tmp_path / "a").unlink()
+    monkeypatch.delenv("QUANTFORGE_FAILPOINT")
+    failpoints.reset()
+    with pytest.raises(ResourceError, match=r"a could not be written: No space left on device"):
+        broken(1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_told_and_leaves_the_old(tmp_path):
+    """On a real file system that is full, where one can be mounted."""
+    place = tmp_path / "full"
+    place.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {shlex.quote(str(place))} 2>/dev/null"):
+        pytest.skip("needs the right to mount")
+    try:
+        save(place / "out", "x")
+        told = rf"QF-512.*{place / 'new' / 't.safetensors'} could.*No space left on device"
+        with pytest.raises(ResourceError, match=told), publish(place / "new") as staging:
+            store.write_tensors(staging / "t.safetensors", {"a": torch.zeros(1 << 20)})
+        with pytest.raises(ResourceError, match=r"QF-512.*No space left on device"):
+            write_text(place / "a.md", "x" * (1 << 17))
+        with Journal.open(place / "other", {}) as journal:
+            journal.commit({"block": 0, "object": journal.put({"a": torch.zeros(10)})})
+            with pytest.raises(ResourceError, match=r"QF-531.*No space left.*what was committed is kept"):
+                journal.put({"a": torch.zeros(1 << 20)})
+        with Journal.open(place / "other", {}) as journal:
+            assert len(journal.commits) == 1
+        assert sorted(os.listdir(place)) == ["other.qf", "out"]
+        assert contents(place / "out") == whole("x")
+    finally:
+        os.system(f"umount {shlex.quote(str(place))}")

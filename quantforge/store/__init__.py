@@ -1,24 +1,29 @@
-"""The only code that writes results: everything is staged beside its destination, synced, then renamed into place.
+"""The only code that writes: everything is staged beside its destination, synced, then renamed into place.
 
-A folder that is published is whole or absent; an old one stays until the new one has taken its name.
+A folder that is published is whole or absent; an old one stays until the new one has taken its name. Libraries that
+write files of their own (a config, a tokenizer) are given the staging folder, which is synced before it takes its name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from quantforge.errors import PlanError, ResourceError
+from quantforge.store import disk, failpoints
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MARK = "quantforge.json"
+_STAGING = (".quantforge.", ".tmp")  # how the names of staging folders begin and end
 
 
 def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
@@ -105,10 +110,15 @@ def check_writable(folder: Path) -> None:
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"probe")
+        staging, held = _make_staging(folder)
+        try:
+            disk.write("file.write", staging / "probe", b"probe")
+            disk.sync("file.sync", staging / "probe")
+            disk.rename("file.rename", staging / "probe", staging / "probed")
+        finally:
+            _leave(staging, held)
     except OSError as error:
-        raise ResourceError(510, f"{folder} cannot be written to: {error.strerror}.") from error
+        raise ResourceError(510, f"{folder} cannot be written to: {error.strerror or error}.") from error
 
 
 @contextlib.contextmanager
@@ -116,29 +126,84 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty staging folder beside `out`; on leaving, sync it and give it the name `out`.
 
     If the body raises, the staging folder is removed and `out` is as it was. Files get the mode that the user's umask
-    gives to new files. ResourceError if the disk is full or fails.
+    gives to new files. What a process that was killed left in a staging folder is removed by the next one's.
+    ResourceError if the disk is full or fails.
     """
-    try:
+    with _told(out):
         out = _place(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        # not named after `out`, whose name may already be as long as the file system allows
-        staging = Path(tempfile.mkdtemp(prefix=".quantforge.", suffix=".tmp", dir=out.parent))
-    except OSError as error:
-        raise ResourceError(511, f"{out} could not be written: {error.strerror or error}.") from error
+        sweep(out.parent)
+        staging, held = _make_staging(out.parent)
     try:
-        yield staging
-        _settle(staging)
-        if overwrite and out.exists():
-            _exchange(staging, out)
-        else:
-            os.rename(staging, out)
-            _sync(out.parent)
+        with _told(out):
+            yield staging
+            failpoints.reach("staging.filled")
+            _settle(staging)
+            if not (overwrite and out.exists()):
+                disk.rename("staging.rename", staging, out)
+            elif not disk.exchange("staging.exchange", staging, out):
+                _replace(staging, out)
+            disk.sync("staging.parent", out.parent)
+    except ResourceError as error:  # of a file in the staging folder, whose name tells nobody anything
+        raise ResourceError(error.number, str(error.args[0]).replace(str(staging), str(out))) from error
+    finally:
+        _leave(staging, held)
+
+
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Turn what the disk, or safetensors for it, says of `out` into a ResourceError."""
+    try:
+        yield
     except OSError as error:
         raise ResourceError(511, f"{out} could not be written: {error.strerror or error}.") from error
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ResourceError(511, f"{out} could not be written: {error}.") from error
+
+
+def _make_staging(parent: Path) -> tuple[Path, int | None]:
+    """Make a locked staging folder in `parent`; return it, and what gives the lock back."""
+    begin, end = _STAGING
+    while True:
+        failpoints.reach("staging.make")
+        # not named after the output, whose name may already be as long as the file system allows
+        staging = Path(tempfile.mkdtemp(prefix=begin, suffix=end, dir=parent))
+        try:
+            held = disk.lock(staging)
+        except FileNotFoundError:  # swept away before it was locked
+            continue
+        except OSError:  # no locks here, so it is never swept either
+            return staging, None
+        if held is not None:
+            return staging, held
+
+
+def _leave(staging: Path, held: int | None) -> None:
+    """Remove a staging folder, or what an exchange has left under its name, and give its lock back."""
+    disk.remove_folder(staging)
+    if held is not None:
+        disk.unlock(held)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the staging folders in `parent` whose makers are gone."""
+    begin, end = _STAGING
+    for folder in parent.glob(f"{begin}*{end}"):
+        with contextlib.suppress(OSError):  # it is gone, another user's, or where no locks are
+            held = disk.lock(folder) if folder.is_dir() and not folder.is_symlink() else None
+            if held is not None:
+                disk.remove_folder(folder)
+                disk.unlock(held)
+
+
+def discard(point: str, folder: Path) -> None:
+    """Remove a folder so that it is whole or gone: it first gets the name of a staging folder, which is swept up."""
+    begin, end = _STAGING
+    aside = Path(tempfile.mkdtemp(prefix=begin, suffix=end, dir=folder.parent))
+    try:
+        disk.rename(point, folder, aside)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        disk.remove_folder(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -151,22 +216,42 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises ResourceError if it cannot be written.
     """
+    _write(path, lambda fresh: disk.write("file.write", fresh, data))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all, as `write_bytes` does; tensors that share memory are refused."""
+    _write(path, lambda fresh: disk.write_tensors("file.write", fresh, tensors, metadata or {}))
+
+
+@contextlib.contextmanager
+def stream(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Make a new file in a staging folder and yield what adds bytes to it; an error leaves no part of it.
+
+    It is synced when its folder is published. Raises ResourceError if it cannot be written.
+    """
+    with _told(path), disk.stream("stream.write", path) as put:
+        yield put
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a new file beside `path`, sync it and give it the name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        fresh = Path(tempfile.mktemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            write(fresh)
+            os.chmod(fresh, 0o666 & ~_umask())
+            disk.sync("file.sync", fresh)
+            disk.rename("file.rename", fresh, path)
         except BaseException:
-            os.unlink(name)
+            fresh.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        disk.sync("file.folder", path.parent)
     except OSError as error:
         raise ResourceError(512, f"{path} could not be written: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        raise ResourceError(512, f"{path} could not be written: {error}.") from error
 
 
 def _settle(folder: Path) -> None:
@@ -176,36 +261,21 @@ def _settle(folder: Path) -> None:
         for name in files:
             path = Path(root, name)
             path.chmod(0o666 & ~mask)
-            _sync(path)
+            disk.sync("staging.sync", path)
         Path(root).chmod(0o777 & ~mask)
-        _sync(Path(root))
+        disk.sync("staging.sync", Path(root))
 
 
-def _exchange(staging: Path, out: Path) -> None:
-    """Swap the two folders' names in one step, so that `out` is never absent; where that is impossible, in two."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    renamed = (
-        hasattr(libc, "renameat2") and libc.renameat2(here, os.fsencode(staging), here, os.fsencode(out), swap) == 0
-    )
-    if not renamed:
-        aside = staging.with_suffix(".old")
-        os.rename(out, aside)
-        try:
-            os.rename(staging, out)
-        except OSError:
-            os.rename(aside, out)
-            raise
-        shutil.rmtree(aside)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _replace(staging: Path, out: Path) -> None:
+    """Give `staging` the name `out` in two steps, where names cannot be swapped; if that fails, undo it."""
+    aside = staging.with_suffix(".old")
+    disk.rename("staging.aside", out, aside)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        disk.rename("staging.rename", staging, out)
+    except OSError:
+        os.rename(aside, out)
+        raise
+    disk.remove_folder(aside)
 
 
 def _umask() -> int:
