@@ -1,4 +1,4 @@
-"""The Python face of the commands: quantize, evaluate, load."""
+"""The Python face of the commands: quantize, evaluate, load, generate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import functools
 import math
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -16,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantforge import checkpoint, exporters, kept, pipeline, recipe, resources
+from quantforge import checkpoint, exporters, fallbacks, kept, pipeline, preflight, recipe, resources, runs
+from quantforge import journal as journaling
 from quantforge import plan as planning
 from quantforge.calibrate import corpus, overlap
 from quantforge.calibrate.text_files import STRICT, Reading
-from quantforge.distill import generate
+from quantforge.course import Run
+from quantforge.distill import generate as generating
 from quantforge.errors import DataError, PlanError, RecipeError, ResourceError, clean, pick
 from quantforge.evaluation import decoding, perplexity, rolling, significance, zeroshot
 from quantforge.evaluation import reference as references
@@ -32,12 +36,19 @@ from quantforge.evaluation.significance import Interval, Mean
 from quantforge.evaluation.zeroshot import TaskScore
 from quantforge.memory import PeakMemory
 from quantforge.models import activations, check
+from quantforge.models import blocks as streaming
 from quantforge.models import load as loading
+from quantforge.models.blocks import Blocks, Streamed
 from quantforge.models.kvcache import KVCache, KVFormat, parse_kv
 from quantforge.plan import Plan
+from quantforge.preflight.strategies import Strategy
 from quantforge.progress import bar
+from quantforge.protocols import FileExporter
 from quantforge.record import finite
-from quantforge.result import Result
+from quantforge.result import Result, round_floats
+from quantforge.resume import Record
+from quantforge.runtime import load as runtime
+from quantforge.runtime.generate import Sampling, Written, ends_of, write
 from quantforge.store import check_target
 
 DEMO = "demo"  # the demo model, where a name is needed
@@ -65,6 +76,11 @@ def quantize(
     reading: Reading = STRICT,
     out: str | Path | None = None,
     overwrite: bool = False,
+    format: str | None = None,
+    strict: bool = False,
+    max_memory: int | None = None,
+    restart: bool = False,
+    command: str = "",
     trust_remote_code: bool = False,
 ) -> Result:
     """Quantize a model, and save it if `out` is given.
@@ -84,8 +100,16 @@ def quantize(
     overrides    {"*.down_proj": {"bits": 8}, "layers.0.*": {"skip": True}}: layers by pattern, the last match wins
     tokenizer    for a model in memory that is to be calibrated on text
     reading      how text files are read: their encoding, and what is done where one is damaged
+    format       the checkpoint's: "compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf", "native"; what it
+                 demands of a method's own format is done before solving. None: the first that holds the method's
+    strict       make any fallback, such as more damping or tokens left out, an error before anything is saved
+    max_memory   bytes that the process may take; None: what is free. Where the model does not fit, its blocks are read
+                 one by one, which needs `out`
+    restart      throw away what an earlier, unfinished run to `out` has done, instead of going on with it
+    command      the command line, for the record
 
-    Everything that needs no weights is checked before they are read. Raises the subclasses of QuantForgeError.
+    Everything that needs no weights is checked before they are read. With `out`, work is kept beside it on the way:
+    the same call goes on with a run that was broken off. Raises the subclasses of QuantForgeError.
     """
     chosen = recipe.load(
         method,
@@ -96,62 +120,155 @@ def quantize(
         inputs=inputs,
         settings=settings,
         overrides=overrides,
+        fix=None if format is None else exporters.named(format).fix,
     )
     loading.check_device(device)
     calibration = _checked(calibration, "calibration")
     target = None if out is None else Path(out)
     draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed, reading=reading)
-    ids, provenance = None, dict[str, Any]()
+    finished = target is not None and not restart and journaling.finished(target)  # and only the journal is left
+    replaces = overwrite or finished
+    ids, provenance, strategy = None, dict[str, Any](), Strategy()
+    source: loading.Source | nn.Module
     if isinstance(model, nn.Module):
-        if target is not None and not isinstance(model, PreTrainedModel):
-            raise PlanError(
-                270,
-                f"a {type(model).__name__} is no transformers model, so no checkpoint can be made of it; without "
-                "out= it is quantized in memory.",
-            )
-        if target is not None:
-            check_target(target, overwrite=overwrite)
-        own = next(model.parameters()).dtype
-        plan = planning.make(model, chosen, torch.float32 if own == torch.float64 else own)
-        if target is not None:
-            planning.check_export(plan, exporters.choose(plan))
-        if plan.needs:
-            writer = Writer(lambda: model, lambda: "")
-            ids, provenance = draw(
-                tokenizer=tokenizer, config=model.config, seq_len=seq_len, count=samples, writer=writer
-            )
+        plan = _plan_of(model, chosen, target, tokenizer, overwrite=replaces, format=format)
+        check.check_plain(model)
         check.check_finite(model)
-        name, built = type(model).__name__, model
+        source, config, name = model, model.config, type(model).__name__
+        writer = Writer(lambda: model, lambda: "")
     else:
         source = loading.find(None if model is None else str(model), trust_remote_code=trust_remote_code)
         plan = planning.with_notes(
-            prepare(source, chosen, target, overwrite=overwrite, export=target is not None), source.notes
+            prepare(source, chosen, target, overwrite=replaces, export=target is not None, format=format),
+            source.notes,
         )
         tokenizer = tokenizer or loading.tokenizer(source)
-        writer = writer_of(source, device)
-        if plan.needs:
-            ids, provenance = draw(
-                tokenizer=tokenizer, config=source.config, seq_len=seq_len, count=samples, writer=writer
-            )
-        name, built = source.name, writer.build()
-    result = run(built, plan, ids, tokenizer=tokenizer, source=name, calibration=provenance)
-    if target is not None:
-        result.save(target, overwrite=overwrite)
+        config, name = source.config, source.name
+        if plan.needs and not isinstance(calibration, Tensor):
+            check_length(config, seq_len)
+        strategy = _strategy(plan, source, calibration, samples, seq_len, max_memory, target, tokenizer)
+        writer = writer_of(source, device, whole=not strategy.stream)
+    if plan.needs:
+        ids, provenance = draw(tokenizer=tokenizer, config=config, seq_len=seq_len, count=samples, writer=writer)
+    facts = runs.made_of(source, plan, ids, provenance, tokenizer, device) if target is not None else {}
+    with runs.opened(target, facts, restart=restart) as journal:
+        finished = finished and journal is not None and bool(journal.commits)
+        blocks = _blocks(source, writer, strategy, device)
+        if format is not None:
+            _round(blocks, plan)
+        record = Record(journal, torch.device(device), lean=strategy.stream)
+        work = Run(blocks, record, strategy.replay, command)
+        result = run(blocks.model, plan, ids, tokenizer=tokenizer, source=name, calibration=provenance, work=work)
+        result = replace(result, made_of=facts, command=command, blocks=blocks if strategy.stream else None)
+        if strict:
+            fallbacks.refuse(result.fallbacks())
+        if target is not None and journal is not None:
+            if not finished:
+                result.save(target, overwrite=overwrite, sealed=journal.published)
+            journal.finish()
     return result
 
 
+def _plan_of(
+    model: Any, chosen: recipe.Recipe, target: Path | None, tokenizer: Any, *, overwrite: bool, format: str | None
+) -> Plan:
+    """Check the output folder, if there is one, and lay the recipe over a model in memory."""
+    if target is not None and not isinstance(model, PreTrainedModel):
+        raise PlanError(
+            270,
+            f"a {type(model).__name__} is no transformers model, so no checkpoint can be made of it; without "
+            "out= it is quantized in memory.",
+        )
+    if target is not None:
+        check_target(target, overwrite=overwrite)
+    own = next(model.parameters()).dtype
+    plan = lay(model, chosen, torch.float32 if own == torch.float64 else own, format=format, export=target is not None)
+    return _with_tokenizer(plan, model.config, lambda: tokenizer)
+
+
+def _strategy(
+    plan: Plan,
+    source: loading.Source,
+    calibration: str | Tensor,
+    samples: int,
+    seq_len: int,
+    max_memory: int | None,
+    target: Path | None,
+    tokenizer: Any,
+) -> Strategy:
+    """Return how the run keeps to its memory; ResourceError if it cannot, or the disk is too small."""
+    if isinstance(calibration, Tensor) and calibration.dim() == 2:
+        samples, seq_len = calibration.shape
+    found = preflight.estimate(
+        plan, source, samples=samples, seq_len=seq_len, max_memory=max_memory, tokenizer=tokenizer, quick=True
+    )
+    preflight.check_memory(found, plan)
+    if found.strategy.stream and target is None:
+        raise ResourceError(
+            522, f"{source.name} does not fit in memory, and can be read block by block only with an output folder."
+        )
+    if target is not None:
+        preflight.check_disk(found, target, journaling.size(target))
+    return found.strategy
+
+
+def _blocks(source: loading.Source | nn.Module, writer: Writer, strategy: Strategy, device: str) -> Blocks:
+    """Return the blocks of the model, loaded or to be read one by one."""
+    if isinstance(source, loading.Source) and strategy.stream:
+        return streaming.stream(source, torch.device(device))
+    return Blocks(writer.build())
+
+
+def _round(blocks: Blocks, plan: Plan) -> None:
+    """Round what stays in float, and that of every block that is yet to be read, as the plan's container stores it."""
+    round_floats(blocks.model, plan)
+    if isinstance(blocks, Streamed):
+        blocks.prepare(lambda model, index: round_floats(model, plan, f"{blocks.path}.{index}."))
+
+
 def prepare(
-    source: loading.Source, chosen: recipe.Recipe, out: Path | None, *, overwrite: bool = False, export: bool = True
+    source: loading.Source,
+    chosen: recipe.Recipe,
+    out: Path | None,
+    *,
+    overwrite: bool = False,
+    export: bool = True,
+    format: str | None = None,
 ) -> Plan:
     """Check the output folder, if there is one, and lay the recipe over the model's skeleton; no weight is read.
 
     export  whether the checkpoint's format must be able to hold the result
+    format  the checkpoint's, for which the recipe was loaded; None leaves the choice to the recipe
     """
     if out is not None:
         check_target(out, overwrite=overwrite, inputs=(source.path,))
-    plan = planning.make(source.skeleton(), chosen, source.dtype)
-    if export:
-        planning.check_export(plan, exporters.choose(plan))
+    plan = lay(source.skeleton(), chosen, source.dtype, format=format, export=export)
+    return _with_tokenizer(plan, source.config, lambda: loading.tokenizer(source))
+
+
+def _with_tokenizer(plan: Plan, config: Any, tokenizer: Callable[[], Any]) -> Plan:
+    """Check the tokenizer if it is to stand in the model's own file; return the plan with what is to be known of it."""
+    exporter = exporters.choose(plan)
+    if not isinstance(exporter, FileExporter):
+        return plan
+    found = tokenizer()
+    if reason := exporter.refuses_tokenizer(found):
+        raise PlanError(288, reason)
+    return planning.with_notes(plan, exporter.notes(config, found))
+
+
+def lay(model: nn.Module, chosen: recipe.Recipe, own: torch.dtype, *, format: str | None, export: bool) -> Plan:
+    """Lay the recipe over a model in the dtype `own`, for the checkpoint's `format` if the user named one.
+
+    export  whether that must be able to hold the result, which one that is named always must
+    """
+    floats, scales = (own, None) if format is None else exporters.named(format).dtypes(own)
+    plan = replace(planning.make(model, chosen, floats, scales), container=format or "")
+    if floats != own:
+        theirs, ours = (str(dtype).removeprefix("torch.") for dtype in (floats, own))
+        plan = planning.with_notes(plan, [f"{format} holds floats in {theirs}, and those of the model are in {ours}"])
+    if export or format is not None:
+        exporters.check(plan, exporters.choose(plan))
     return plan
 
 
@@ -165,21 +282,23 @@ def run(
     calibration: dict[str, Any],
     memory_before: int | None = None,
     collect: frozenset[str] = frozenset(),
+    work: Run | None = None,
 ) -> Result:
     """Quantize a loaded model by a plan, with progress on stderr, and measure time and memory.
 
     collect        statistics to tell losses by, besides what the plan needs
     memory_before  what peak memory is counted from, by `memory.in_use`; None: what is in use when the work begins
+    work           where it is kept on the way, and where it begins; None: in memory, at the beginning
     """
-    device = next(model.parameters()).device
+    work = work or pipeline.in_memory(model)
+    device = work.record.device
     with PeakMemory(device, memory_before) as memory, bar(plan.recipe.name, len(plan.layers)) as step:
-        start = time.perf_counter()
         layers = pipeline.quantize(
-            model, plan, ids, lambda layer: step(f"{layer.name} {layer.relative_loss:.2%} lost"), collect
+            model, plan, ids, lambda layer: step(f"{layer.name} {layer.relative_loss:.2%} lost"), collect, work
         )
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = work.record.seconds
     return Result(model, plan, tuple(layers), tokenizer, source, calibration, seconds, memory.bytes)
 
 
@@ -195,9 +314,19 @@ class Writer:
     fingerprint: Callable[[], str]
 
 
-def writer_of(source: loading.Source, device: str) -> Writer:
-    """Return the float model of `source` as a writer; it is loaded once, when it is first asked for."""
-    return Writer(functools.cache(lambda: loading.model(source, device)), lambda: source.fingerprint(device))
+def writer_of(source: loading.Source, device: str, *, whole: bool = True) -> Writer:
+    """Return the float model of `source` as a writer; it is loaded once, when it is first asked for.
+
+    whole  False: it does not fit in memory, and asking for it is a ResourceError
+    """
+
+    @functools.cache
+    def build() -> nn.Module:
+        if not whole:
+            raise ResourceError(523, f"{source.name} does not fit in memory, and only a model that does writes text.")
+        return loading.model(source, device)
+
+    return Writer(build, lambda: source.fingerprint(device))
 
 
 def token_ids(
@@ -251,7 +380,7 @@ def own_text(
 
     They are kept, so that each is written once. Raises RecipeError for sizes below 1, ModelError for a damaged model.
     """
-    tokens = generate.tokens_of(tokenizer, config)
+    tokens = generating.tokens_of(tokenizer, config)
     mark = writer.fingerprint()
     facts = {
         "kind": "own text, by starts at random",
@@ -269,7 +398,7 @@ def own_text(
     if ids is None:
         model = writer.build()
         check.check_finite(model)
-        ids = generate.self_text(model, tokens, count, seq_len, seed=seed)
+        ids = generating.self_text(model, tokens, count, seq_len, seed=seed)
         if path is not None:
             with contextlib.suppress(ResourceError):
                 kept.write(path, {"ids": ids}, facts)
@@ -668,6 +797,69 @@ def _dequantized(folder: Path, device: str, trusted: bool) -> nn.Module:
     return checkpoint.read(folder, torch.float32, trust_remote_code=trusted).to(device)
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return the model of a checkpoint that quantforge wrote, dequantized in `dtype` (default: the checkpoint's)."""
-    return checkpoint.read(Path(folder), dtype)
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    packed: bool = True,
+    strict: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Return the model of a quantized checkpoint, for inference.
+
+    dtype   of all that is not quantized, and of what goes through the layers; default: the checkpoint's
+    packed  keep the codes of the layers packed, and compute with them by the operators that this machine has, which
+            may round inputs and sums to bfloat16 (`runtime.table`); False: dequantize all of them
+    strict  refuse layers that no operator here computes; else a warning names them, and they are dequantized
+    device  "cpu" or "cuda"
+
+    Raises ModelError for a damaged or foreign checkpoint, ResourceError for what the machine lacks.
+    """
+    if not packed:
+        loading.check_device(device)
+        return checkpoint.read(Path(folder), dtype, trust_remote_code=trust_remote_code).to(device)
+    found = runtime.read(Path(folder), dtype, strict=strict, device=device, trust_remote_code=trust_remote_code)
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found.model
+
+
+def generate(
+    folder: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    dtype: torch.dtype | None = None,
+    packed: bool = True,
+    strict: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Written:
+    """Let a quantized checkpoint go on with a text.
+
+    sampling  how tokens are drawn; None: always the most probable one
+    For the rest, and what is raised, see `load`; DataError for a prompt without tokens, PlanError for one that leaves
+    no room for the new ones.
+    """
+    folder = Path(folder)
+    loading.check_device(device)
+    config = checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
+    tokenizer = loading.read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    check.check_tokenizer(tokenizer, config, folder.name)
+    if packed:
+        found = runtime.read(folder, dtype, strict=strict, device=device, trust_remote_code=trust_remote_code)
+    else:
+        read = checkpoint.read(folder, dtype, trust_remote_code=trust_remote_code).to(device)
+        found = runtime.Loaded(read, {})
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device=device, dtype=torch.long)
+    check.check_ids(ids, tokenizer, config)
+    tokens, start, first = [], time.perf_counter(), math.nan
+    for token in write(found.model, ids, max_new_tokens, sampling=sampling, ends=ends_of(found.model, tokenizer)):
+        tokens.append(token)
+        first = first if len(tokens) > 1 else time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    operators = dict(Counter(name for name, _ in found.operators.values()))
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Written(prompt, text, tuple(tokens), seconds, first, operators, found.notes)

@@ -5,39 +5,44 @@ from __future__ import annotations
 import ast
 import math
 import os
-import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import GenerationConfig
 
-from quantforge import exporters, registry
+from quantforge import exporters, registry, stored
 from quantforge import plan as planning
 from quantforge.errors import ModelError, RecipeError, clean
-from quantforge.exporters import native, peft
 from quantforge.models import activations, arch, check, load, moe
 from quantforge.models.folder import MAX_CONFIG, contained
-from quantforge.models.headers import MAX_HEADER, read_json
+from quantforge.models.headers import read_json
 from quantforge.numerics.formats import Format, parse
 from quantforge.numerics.problem import QWeight
 from quantforge.numerics.residuals import LowRank
-from quantforge.protocols import Exporter
 from quantforge.recipe import Recipe
 from quantforge.result import Result
 from quantforge.solvers.rtn import RTN
-from quantforge.solvers.spare import Spare
 from quantforge.solving import Layer
 from quantforge.store import MARK
+from quantforge.stored import read_record
 
-# what a config that was changed by hand can make a reader raise
-_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, re.error)
+__all__ = [
+    "is_quantized",
+    "open_result",
+    "read",
+    "read_config",
+    "read_hollow",
+    "read_record",
+    "rows_of",
+    "table",
+    "table_of",
+]
+_GENERATION = "generation_config.json"
 _KINDS = ("transform", "tuner", "correction")
-_KEEPS_FLOATS = Spare(pick="weight")
-_FLOATS = (*load.DTYPES.values(), torch.float64)
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in load.DTYPES.values()}
 
 
 def is_quantized(folder: Path) -> bool:
@@ -49,20 +54,6 @@ def is_quantized(folder: Path) -> bool:
     except (ModelError, ValueError):  # ValueError: a name that no file could have
         return False
     return config.get("quantization_config") is not None
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return what `save` wrote about how the checkpoint was made; ModelError if there is nothing or it is damaged."""
-    file = folder / MARK
-    if not os.path.lexists(file):
-        raise ModelError(350, f"{folder} has no {MARK}, so it was not written by quantforge.")
-    try:
-        record = read_json(contained(folder, MARK, ".json"), MAX_HEADER)
-    except ModelError as error:
-        raise ModelError(351, f"{file} cannot be read ({error.args[0].rstrip('.')}).") from error
-    if record.get("schema") != 1:
-        raise ModelError(352, f"{file} is not of schema 1, the one that this version reads.")
-    return record
 
 
 def table(record: dict[str, Any]) -> str:
@@ -91,17 +82,32 @@ def _table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {clean(note)}" for note in record["notes"])])
 
 
+def rows_of(layers: Mapping[str, QWeight]) -> list[dict[str, Any]]:
+    """Return what stands in the files of a checkpoint for each layer, as a record would say it."""
+    return [
+        {
+            "name": name,
+            "shape": list(weight.base.shape),
+            "format": str(weight.base.format),
+            **({"inputs": str(weight.inputs.inputs)} if weight.inputs else {}),
+            "bits_per_weight": weight.nbits / weight.base.codes.numel(),
+        }
+        for name, weight in layers.items()
+    ]
+
+
+def table_of(layers: Mapping[str, QWeight]) -> str:
+    """Return what stands in the files of a checkpoint for each layer, as lines of text."""
+    width = max(map(len, layers), default=5)
+    lines = [f"{'layer':{width}}  {'out x in':>13}  {'format':22}  bits/weight"]
+    for row in rows_of(layers):
+        shape = f"{row['shape'][0]}x{row['shape'][1]}"
+        lines.append(f"{row['name']:{width}}  {shape:>13}  {_stored(row):22}  {row['bits_per_weight']:11.3f}")
+    return "\n".join([*lines, f"{len(layers)} layers; how they were made is not recorded"])
+
+
 def _stored(row: dict[str, Any]) -> str:
     return f"{row['format']} x {row['inputs']}" if row.get("inputs") else str(row["format"])
-
-
-def _exporter(quantization: dict[str, Any]) -> Exporter:
-    """Return the exporter that reads what a `quantization_config` describes."""
-    method = quantization.get("quant_method")
-    bits = "bitsandbytes8" if quantization.get("load_in_8bit") is True else "bitsandbytes"
-    name = {native.METHOD: "native", "bitsandbytes": bits}.get(str(method), "compressed-tensors")
-    found: Exporter = registry.create("exporter", name)
-    return found
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -109,36 +115,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     It says nothing of the quantization. Raises ModelError for a damaged or foreign checkpoint.
     """
-    return _settings(folder, trust_remote_code)[2]
-
-
-def _settings(folder: Path, trusted: bool) -> tuple[check.Folder, dict[str, Any], Any]:
-    """Return the checked folder, its `quantization_config` and the transformers config without it."""
-    found = check.read_folder(folder, trust_remote_code=trusted, quantized=True)
-    config = dict(found.config)
-    quantization = config.pop("quantization_config", None)
-    if not isinstance(quantization, dict):
-        raise ModelError(353, f"{folder} is not a quantized checkpoint: its config.json has no quantization_config.")
-    settings = load.make_config(folder, config, trust_remote_code=trusted)
-    if hasattr(settings, "quantization_config"):  # a config of the folder's own code read it again
-        del settings.quantization_config
-    return found, quantization, settings
-
-
-def _layers(folder: Path, quantization: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, QWeight]:
-    """Return the quantized layers by name, taking their tensors out of `tensors`; weights that remain are floats."""
-    try:
-        layers = _exporter(quantization).read(quantization, tensors)
-    except _DAMAGE as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ModelError(357, f"{folder}: its layers cannot be read ({what}); the checkpoint is damaged.") from error
-    for key, tensor in tensors.items():
-        # transformers would cast codes to floats as if they were weights
-        if key.endswith(".weight") and tensor.dtype not in _FLOATS:
-            raise ModelError(
-                358, f"{folder}: {key} is {tensor.dtype}, but nothing says what its codes mean; it is incomplete."
-            )
-    return layers
+    return stored.open_folder(folder, trust_remote_code=trust_remote_code).settings
 
 
 def _gate(folder: Path, model: nn.Module, layers: dict[str, QWeight]) -> None:
@@ -167,17 +144,6 @@ def _check_finite(model: nn.Module, folder: Path, own: torch.dtype) -> None:
         raise ModelError(345, f"{folder} does not fit into {dtype} ({what}); {own} may work.") from error
 
 
-def _correct(folder: Path, layers: dict[str, QWeight]) -> None:
-    """Put the factors of the checkpoint's adapter, if it has one, on the layers they belong to."""
-    if not (folder / peft.FOLDER).is_dir():
-        return
-    for name, factors in peft.read(folder / peft.FOLDER).items():
-        a, b = factors.factors()
-        if name not in layers or (a.shape[0], b.shape[1]) != tuple(layers[name].base.shape):
-            raise ModelError(356, f"{folder / peft.FOLDER} corrects {name}, which is no such layer of the model.")
-        layers[name] = replace(layers[name], residuals=(*layers[name].residuals, factors))
-
-
 def read(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> nn.Module:
     """Return the model of a quantized checkpoint, its weights dequantized in `dtype` (default: the checkpoint's).
 
@@ -187,26 +153,51 @@ def read(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: b
     return _read(folder, dtype, trust_remote_code)[0]
 
 
+def read_hollow(
+    folder: str | Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, dict[str, QWeight]]:
+    """Return a checkpoint's model in `dtype` and its quantized layers by name, their weights in the model left empty.
+
+    What stands in their place has the shape and no memory of its own (one element, expanded): whoever calls this puts
+    something else there. Inputs are not rounded either. Raises ModelError for what `read` does.
+    """
+    opened = stored.open_folder(Path(folder), trust_remote_code=trust_remote_code)
+    layers, tensors = stored.read_layers(opened)
+    return _fill(opened, layers, tensors, dtype or opened.dtype, dense=False).eval(), layers
+
+
 def _read(
     folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
-) -> tuple[nn.Module, dict[str, QWeight], torch.dtype, Exporter]:
-    """Return a checkpoint's model in `dtype`, its quantized layers by name, its own dtype and what wrote it."""
-    found, quantization, settings = _settings(folder, trust_remote_code)
-    config = found.config
-    tensors = moe.as_in_model(config.get("model_type"), load.read_tensors(found))
-    layers = _layers(folder, quantization, tensors)
-    _correct(folder, layers)
-    # scales in float32 may outweigh the floats of the model, so the config knows better than the tensors
-    own = _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), load.DTYPES[found.dtype])
-    dtype = dtype or own
+) -> tuple[nn.Module, dict[str, QWeight], stored.Stored]:
+    """Return a checkpoint's model in `dtype`, its quantized layers by name, and what its files say."""
+    opened = stored.open_folder(folder, trust_remote_code=trust_remote_code)
+    layers, tensors = stored.read_layers(opened)
+    model = _fill(opened, layers, tensors, dtype or opened.dtype, dense=True)
+    _gate(folder, model, layers)
+    return model.eval(), layers, opened
+
+
+def _fill(
+    opened: stored.Stored,
+    layers: dict[str, QWeight],
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    dense: bool,
+) -> nn.Module:
+    """Return the model in `dtype` with `tensors` and the layers' weights in it: dequantized, or if not `dense`, empty.
+
+    What is empty is a single zero in memory, except where transformers puts experts together.
+    """
+    folder = opened.files.path
     for name, weight in layers.items():
-        tensors[f"{name}.weight"] = weight.dequantize(dtype)
+        zero = torch.zeros((), dtype=dtype)
+        tensors[f"{name}.weight"] = weight.dequantize(dtype) if dense else zero.expand(weight.base.shape)
     with load.quiet():
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code))
+        kind: Any = type(stored.skeleton(opened))
         model, info = kind.from_pretrained(
             None,
-            config=settings,
+            config=opened.settings,
             state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,
@@ -217,11 +208,27 @@ def _read(
         raise ModelError(
             354, f"{folder} does not hold the model of its config.json: {len(wrong)} tensors do not fit ({wrong[0]})."
         )
-    _check_finite(model, folder, own)
+    model.generation_config = _generation(folder) or model.generation_config
+    _check_finite(model, folder, opened.dtype)
     moe.unfuse(model)
-    _gate(folder, model, layers)
-    result: nn.Module = model.eval()
-    return result, layers, own, _exporter(quantization)
+    result: nn.Module = model
+    return result
+
+
+def _generation(folder: Path) -> GenerationConfig | None:
+    """Return how a checkpoint says that it generates, None if it does not; ModelError for what cannot be so."""
+    if not os.path.lexists(folder / _GENERATION):
+        return None
+    read_json(contained(folder, _GENERATION, ".json"), MAX_CONFIG)  # else transformers would follow any link
+    try:
+        with load.quiet():
+            found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        ends = found.eos_token_id
+        if not all(isinstance(x, int) for x in (ends if isinstance(ends, list) else [ends or 0])):
+            raise ValueError(f"eos_token_id is {ends!r}")
+        return found
+    except Exception as error:  # a hostile file can make transformers raise anything
+        raise ModelError(364, f"{folder / _GENERATION}: transformers does not accept it ({error}).") from error
 
 
 def open_result(folder: str | Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Result:
@@ -236,16 +243,16 @@ def open_result(folder: str | Path, dtype: torch.dtype = torch.float32, *, trust
     """
     folder = Path(folder)
     record = read_record(folder)
-    model, weights, own, exporter = _read(folder, dtype, trust_remote_code)
+    model, weights, opened = _read(folder, dtype, trust_remote_code)
     tokenizer = load.read_tokenizer(folder, trust_remote_code=trust_remote_code) if _has_tokenizer(folder) else None
     if getattr(model.config, "model_type", "") in moe.NAMES and hasattr(model, "_weight_conversions"):
         del model._weight_conversions  # its tensors were read under other names than the files', which saving restores
     try:
         rows = {row["name"]: row for row in record["layers"]}
-        plan = _written_by(exporter, _plan(model, record, weights, own))
+        plan = _written_by(opened, _plan(model, record, weights, opened.dtype))
         if set(rows) != set(weights) or set(plan.layers) != set(weights):
             raise ValueError("they are not those of the checkpoint")
-        each = record["seconds"] / max(len(rows), 1)
+        each = record.get("seconds", 0.0) / max(len(rows), 1)
         layers = tuple(_layer(rows[name], weights[name], each) for name in plan.layers)
         return Result(
             model,
@@ -254,10 +261,12 @@ def open_result(folder: str | Path, dtype: torch.dtype = torch.float32, *, trust
             tokenizer,
             str(record["source"]),
             dict(record["calibration"]),
-            float(record["seconds"]),
-            record["peak_memory"],
+            float(record.get("seconds", 0.0)),
+            record.get("peak_memory"),
+            made_of=dict(record.get("made_of", {})),
+            command=str(record.get("command", "")),
         )
-    except (*_DAMAGE, SyntaxError, RecipeError) as error:
+    except (*stored.DAMAGE, SyntaxError, RecipeError) as error:
         raise ModelError(355, f"{folder / MARK} lacks what it should say of the layers ({error}).") from error
 
 
@@ -304,15 +313,16 @@ def _plan(model: nn.Module, record: dict[str, Any], weights: dict[str, QWeight],
     return replace(laid, recipe=chosen, layers=layers, notes=tuple(map(str, record["notes"])))
 
 
-def _written_by(exporter: Exporter, plan: planning.Plan) -> planning.Plan:
-    """Return `plan` such that it is written again in quantforge's own container if `exporter` is that.
+def _written_by(opened: stored.Stored, plan: planning.Plan) -> planning.Plan:
+    """Return `plan` such that it is written again in the container that it was read from.
 
-    The solver of an override may keep floats beside the codes, which no other container holds; records do not name it.
+    That need not be the first that holds its formats: the user may have named it, or the solver of an override kept
+    floats beside the codes, which records do not name.
     """
-    if not isinstance(exporter, native.Native) or isinstance(exporters.choose(plan), native.Native):
+    exporter = opened.exporter
+    if type(exporters.choose(plan)) is type(exporter):
         return plan
-    first = next(iter(plan.layers.values()))
-    return replace(plan, layers={**plan.layers, first.name: replace(first, solver=_KEEPS_FLOATS)})
+    return replace(plan, container=opened.container, scales=exporter.dtypes(opened.dtype)[1])
 
 
 def _format(text: str, found: list[Format]) -> Format:

@@ -9,16 +9,57 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantforge import fallbacks
 from quantforge.calibrate.stats import Statistics
 from quantforge.models import activations, arch, moe
 from quantforge.models.walk import Stage
+from quantforge.numerics.formats import Format
 from quantforge.numerics.inputs import QInput, settle
 from quantforge.numerics.problem import Problem, QWeight
+from quantforge.numerics.qtensor import QTensor
 from quantforge.numerics.ranges import Range
-from quantforge.numerics.residuals import Columns
+from quantforge.numerics.residuals import Columns, Residual
 from quantforge.plan import LayerPlan, Plan
+
+
+class UnreadWeight(QWeight):
+    """A quantized weight that lies on disk: what is large of it is read whenever it is asked for, and not kept."""
+
+    def __init__(
+        self,
+        read: Callable[[], QWeight],
+        notes: dict[str, Any],
+        inputs: QInput | None,
+        nbits: int,
+        shape: tuple[int, int],
+        format: Format,
+    ) -> None:
+        """Take what reads all of it, and what is known of it without."""
+        own = {"read": read, "notes": notes, "inputs": inputs, "_nbits": nbits, "shape": shape, "format": format}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)  # it is frozen
+
+    read: Callable[[], QWeight]
+    shape: tuple[int, int]
+    format: Format
+    _nbits: int
+
+    @property
+    def base(self) -> QTensor:
+        """Return the codes, from disk."""
+        return self.read().base
+
+    @property
+    def residuals(self) -> tuple[Residual, ...]:
+        """Return what is kept beside the codes, from disk."""
+        return self.read().residuals
+
+    @property
+    def nbits(self) -> int:
+        """Count every bit that must be stored."""
+        return self._nbits
 
 
 @dataclass(frozen=True)
@@ -38,6 +79,16 @@ class Layer:
     relative_loss: float
     tokens: int
     seconds: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (out, in)."""
+        return self.weight.shape if isinstance(self.weight, UnreadWeight) else self.weight.base.shape
+
+    @property
+    def format(self) -> Format:
+        """Return how its codes are stored."""
+        return self.weight.format if isinstance(self.weight, UnreadWeight) else self.weight.base.format
 
 
 Progress = Callable[[Layer], None]
@@ -74,6 +125,8 @@ def solve(
     few = bool(plan.walk_needs) and (not seen or moe.starved(stage.names[0], seen, width, total))
     if found is not None:
         fields = found.fields()
+        if install:  # whoever only looks solves from them again
+            found.let_go()
     elif plan.walk_needs:  # no batch came here: zeros say that nothing is known, and the solver rounds
         fields = _nothing(plan, arch.get_weight(stage.modules[0]))
     done = []
@@ -88,9 +141,7 @@ def solve(
         rounds = _settled(group[0], problem, plan.dtype, few=few)
         solved = _compressed(group[0], blank, rounds, plan.dtype)
         approx = solved.dequantize()
-        own = next(modules[group[0].name].parameters()).dtype
-        # a sum of parts is rounded as loaders round it
-        installed = solved.dequantize(own) if solved.residuals and own != approx.dtype else approx
+        fallbacks.check_solved(problem.name, stacked, approx)
         errors, energies = problem.row_losses(approx), problem.row_losses(torch.zeros_like(approx))
         top = 0
         for p in group:
@@ -98,16 +149,28 @@ def solve(
             top = rows.stop
             loss, energy = (float(v[rows].double().sum()) for v in (errors, energies))
             weight = _part(solved, rows, [p.name for p in group])
+            weight = replace(weight, notes={**weight.notes, **fallbacks.facts(weight, found)})
             done.append((p.name, weight, loss, loss / energy if energy > 0 else 0.0))
             if install:
-                arch.set_weight(modules[p.name], installed[rows])
-            if install and rounds is not None:
-                activations.gate(modules[p.name], rounds)
+                put_in_place(modules[p.name], weight, approx[rows])
     each = (time.perf_counter() - start) / len(done)
     layers = [Layer(name, weight, loss, relative, seen, each) for name, weight, loss, relative in done]
     for layer in layers:
         progress(layer)
     return layers
+
+
+def put_in_place(module: nn.Module, weight: QWeight, approx: Tensor | None = None) -> None:
+    """Let `module` compute with a quantized weight, and round its inputs as that says.
+
+    approx  its numbers in float32, where they are known already
+    """
+    own = next(module.parameters()).dtype
+    if approx is None or (weight.residuals and own != approx.dtype):  # a sum of parts is rounded as loaders round it
+        approx = weight.dequantize(own if weight.residuals else torch.float32)
+    arch.set_weight(module, approx)
+    if weight.inputs is not None:
+        activations.gate(module, weight.inputs)
 
 
 def _nothing(plan: Plan, weight: Tensor) -> dict[str, Any]:

@@ -158,6 +158,13 @@ def _left_in_float(model: nn.Module) -> str:
     return f"; {count:,} parameters of fused experts in {', '.join(places)} stay in float" if count else ""
 
 
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the full name of the list of decoder blocks, and the list; ModelError if none is found."""
+    arch = TABLE.get(getattr(model.config, "model_type", ""))
+    path = arch.blocks if arch is not None else _block_list(model)
+    return path, _children(model, path)
+
+
 def _children(model: nn.Module, path: str) -> nn.ModuleList:
     blocks = model.get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from quantforge.errors import ModelError
+from quantforge.errors import ModelError, QuantForgeError
 from quantforge.models.folder import FLOATS, Folder, read_folder
 from quantforge.models.headers import TensorInfo, read_header, show, some
 
 __all__ = [
     "Folder",
     "TensorInfo",
+    "as_refusal",
     "check_finite",
     "check_ids",
     "check_names_and_shapes",
+    "check_plain",
+    "check_tensors",
     "check_tokenizer",
     "read_folder",
     "read_header",
@@ -29,6 +33,26 @@ __all__ = [
 
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+
+@contextmanager
+def as_refusal(folder: object, kind: object) -> Iterator[None]:
+    """Turn whatever transformers raises where it makes a model of a config that it had accepted into a ModelError.
+
+    folder  where the config lies
+    kind    its model_type
+    """
+    try:
+        yield
+    except QuantForgeError:
+        raise
+    except Exception as error:  # a hostile config can make it raise anything
+        why = f"{type(error).__name__}: {error}"
+        raise ModelError(
+            328,
+            f"transformers can make no language model of the config.json in {show(folder)}, of type {show(kind)} "
+            f"({why[:200]}); use the config.json of this model.",
+        ) from error
 
 
 def check_names_and_shapes(folder: Folder, model: torch.nn.Module) -> None:
@@ -114,20 +138,40 @@ def _quiet() -> Iterator[None]:
 
 
 def check_finite(model: torch.nn.Module) -> None:
-    """Raise ModelError naming the parameters that hold NaN or Inf, and how many of each."""
+    """Raise ModelError naming the parameters that hold NaN or Inf, and how many of each.
+
+    Parameters on the meta device, which are yet to be read, are left to `check_tensors`.
+    """
+    check_tensors(model.named_parameters())
+
+
+def check_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ModelError naming those of the tensors that hold NaN or Inf, and how many of each."""
     bad = []
-    for name, parameter in model.named_parameters():
-        x = parameter.detach()
+    for name, tensor in tensors:
+        x = tensor.detach()
+        if x.is_meta or not x.is_floating_point():
+            continue
         # A sum is finite only if every term is; the converse fails when it overflows, so a bad sum is only a suspicion.
-        if not x.is_floating_point() or torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))):
+        if torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))):
             continue
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         if nan or inf:
             bad.append(f"{show(name)} has {nan:,} NaN and {inf:,} Inf of {x.numel():,}")
     if bad:
-        raise ModelError(
-            345, f"{len(bad)} tensors are not finite: {some(bad)}; download the model again or repair them."
-        )
+        are = "tensor is" if len(bad) == 1 else "tensors are"
+        raise ModelError(345, f"{len(bad)} {are} not finite: {some(bad)}; download the model again or repair it.")
+
+
+def check_plain(model: torch.nn.Module) -> None:
+    """Raise ModelError if a layer's weight is computed anew from other parameters: what is set in its place is lost."""
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            raise ModelError(
+                329,
+                f"{show(name)} is parametrized ({some(module.parametrizations)}), so that its weight cannot be set: "
+                "make it an ordinary one first, by torch.nn.utils.parametrize.remove_parametrizations.",
+            )
 
 
 def check_tokenizer(tokenizer: Any, model_config: Any, folder_name: str) -> None:
@@ -136,6 +180,10 @@ def check_tokenizer(tokenizer: Any, model_config: Any, folder_name: str) -> None
     Special tokens without a role in text (such as an image marker in the text-only member of a family) may lie beyond
     the rows, since text does not yield them; `check_ids` tells if it does after all.
     """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ModelError(
+            325, f"the tokenizer in {show(folder_name)} is a {type(tokenizer).__name__}: use the one of this model."
+        )
     rows = model_config.get_text_config().vocab_size
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder

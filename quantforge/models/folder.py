@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from quantforge.errors import ModelError, nearest
+from quantforge.models.beside import check_beside, check_tokenizer_class
 from quantforge.models.headers import (
     MAX_HEADER,
     TensorInfo,
@@ -33,8 +34,15 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # transformers loads what it names with the model, if peft is installed
-# Keys that choose code by name, which transformers may fetch from the hub, or that claim the user's consent.
-_HOSTILE = re.compile(r"_?(attn|experts)_implementation.*|trust_remote_code|kernel_config|fusion_config")
+# Keys that choose code by name, which transformers may fetch from the hub, that claim the user's consent, or that
+# rename the config's own attributes.
+_HOSTILE = re.compile(
+    r"_?(attn|experts)_implementation.*|trust_remote_code|kernel_config|fusion_config|transformers_weights|_auto_class|attribute_map|__.*"
+)
+# what a forward gives back, which only the caller may choose: more than is asked for is kept for every block
+_RETURNED = {"output_attentions": False, "output_hidden_states": False, "return_dict": True, "torchscript": False}
+_COUNT = re.compile(r"((num|n|encoder|decoder)_)(\w+_)?(layers?|blocks|experts|labels|codebooks|quantizers)")
+MANY = 4096  # modules of a kind that a config may ask for, and more only if the files hold as many tensors
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,9 @@ def read_folder(path: Path, *, trust_remote_code: bool = False, quantized: bool 
             f"{show(path)} holds {ADAPTER}, and an adapter changes the weights when the model is loaded: merge the "
             "adapter first, or delete that file if the model is to be used without it.",
         )
-    config, stripped = _config(path, trust_remote_code, quantized)
+    config, stripped = read_config(path, trust_remote_code, quantized)
     tensors = _tensors(path)
+    _check_counts(config, max(MANY, len(tensors)), "")
     if not any(t.dtype in FLOATS for t in tensors.values()):
         raise ModelError(
             315,
@@ -91,7 +100,11 @@ def read_folder(path: Path, *, trust_remote_code: bool = False, quantized: bool 
     return Folder(path, config, tensors, stripped)
 
 
-def _config(path: Path, trusted: bool, quantized: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+def read_config(path: Path, trusted: bool, quantized: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what config.json says, without what loading may not be told, and the names of what was left out.
+
+    quantized  whether it may have a `quantization_config`
+    """
     if not os.path.lexists(path / "config.json"):
         raise ModelError(
             310, f"config.json is missing in {show(path)}: name the folder that has it, or download it again."
@@ -100,6 +113,8 @@ def _config(path: Path, trusted: bool, quantized: bool) -> tuple[dict[str, Any],
     raw = read_json(contained(path, "config.json", ".json"), MAX_CONFIG)
     kept = {"quantization_config": raw.pop("quantization_config")} if quantized and "quantization_config" in raw else {}
     config = _clean(raw, "", 1, stripped, trusted) | kept
+    check_tokenizer_class("config.json", config.get("tokenizer_class"))
+    check_beside(path, contained)
     kind = config.get("model_type")
     custom = trusted and "auto_map" in config
     if not custom and (not isinstance(kind, str) or not kind):
@@ -118,7 +133,8 @@ def _clean(config: dict[str, Any], where: str, depth: int, stripped: list[str], 
         raise damaged(306, f"config.json is nested more than {MAX_DEPTH} deep at {show(where)}")
     kept: dict[str, Any] = {}
     for key, value in config.items():
-        if _HOSTILE.fullmatch(key):
+        shadows = callable(getattr(PreTrainedConfig, key, None))
+        if shadows or _HOSTILE.fullmatch(key) or (key in _RETURNED and value != _RETURNED[key]):
             stripped.append(where + key)
             continue
         if key in ("auto_map", "custom_pipelines") and value and not trusted:
@@ -146,6 +162,19 @@ def _clean_value(value: Any, where: str, depth: int, stripped: list[str], truste
             raise damaged(306, f"config.json is nested more than {MAX_DEPTH} deep at {show(where)}")
         return [_clean_value(item, where, depth + 1, stripped, trusted) for item in value]
     return value
+
+
+def _check_counts(config: dict[str, Any], most: int, where: str) -> None:
+    """Refuse a config of more layers than there are tensors: making them would take hours before anything is missed."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, most, f"{where}{key}.")
+        elif isinstance(value, int | float) and value > most and _COUNT.fullmatch(key):
+            raise ModelError(
+                327,
+                f"config.json says {where}{key} is {value:,}, more than the {most:,} that its weight files could hold: "
+                "use the config.json of this model.",
+            )
 
 
 def contained(path: Path, name: str, suffix: str) -> Path:
@@ -188,7 +217,7 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise damaged(317, f"{INDEX} has no weight_map from tensor names to file names")
     names = sorted(set(weight_map.values()))
-    if SINGLE not in names and os.path.lexists(path / SINGLE):
+    if names != [SINGLE] and os.path.lexists(path / SINGLE):  # which transformers would load alone
         raise ModelError(
             318,
             f"{show(path)} has both {SINGLE} and {INDEX}: delete {SINGLE} if the {len(names)} shards are the model, "

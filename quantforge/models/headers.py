@@ -114,8 +114,13 @@ def parse_object(raw: bytes, file: Path) -> dict[str, Any]:
             raise damaged(305, f"{show(file.name)} has the key {show(twice)} twice")
         return table
 
+    def constant(name: str) -> float:
+        if name == "NaN":  # infinity is in use: limits of a state-space model's time steps
+            raise damaged(306, f"{show(file.name)} has the value NaN, which is no JSON")
+        return float(name)
+
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise damaged(306, f"{show(file.name)}: the JSON is not UTF-8 at byte {error.start}") from error
     except RecursionError as error:

@@ -24,6 +24,7 @@ from quantforge.errors import ModelError, ResourceError, clean
 from quantforge.models import check, demo, moe
 from quantforge.network import reachable
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # float64 checkpoints are computed and saved in float32: no format stores wider scales
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
 
@@ -69,7 +70,8 @@ class Source:
 
         Experts are layers of their own.
         """
-        with torch.device("meta"):
+        kind = getattr(self.config, "model_type", None)
+        with check.as_refusal(self.path, kind), torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
             )
@@ -156,6 +158,9 @@ def tokenizer(source: Source) -> Any:
 def read_tokenizer(folder: Path, *, gguf: str | None = None, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer in `folder`, or of its GGUF file; ModelError if it cannot be loaded."""
     where = {"gguf_file": gguf} if gguf else {}
+    if not gguf and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers makes one up for some architectures, with no words in it
+        raise ModelError(363, f"{folder} has no tokenizer: {', '.join(TOKENIZER_FILES)} are all missing.")
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(

@@ -144,8 +144,16 @@ def test_tiny_models_depend_on_their_seed_only_and_leave_the_random_state_alone(
     assert logits.std() > 0.01, "a model that says nothing tests nothing"
 
 
+def test_no_tokenizer_is_made_up_for_a_folder_that_has_none(tmp_path):
+    """Transformers gives a Qwen2 without tokenizer files one that knows no word."""
+    tiny.make("qwen2").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"has no tokenizer: tokenizer\.json") as caught:
+        load.read_tokenizer(tmp_path)
+    assert caught.value.number == 363
+
+
 @pytest.mark.parametrize("trusted", [True, False])
-def test_code_is_fetched_and_let_run_only_for_a_model_that_is_trusted(saved, monkeypatch, trusted):
+def test_code_is_fetched_and_let_run_only_for_a_model_that_is_trusted(saved, tmp_path, monkeypatch, trusted):
     """The tokenizer's loader must be told either way: None would ask the user."""
     asked, told = [], []
     monkeypatch.setattr(load, "reachable", lambda: True)
@@ -153,8 +161,9 @@ def test_code_is_fetched_and_let_run_only_for_a_model_that_is_trusted(saved, mon
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda folder, **more: told.append(more) or object())
     load.find("someone/model", trust_remote_code=trusted)
     assert ("*.py" in asked[0]) == trusted
-    load.read_tokenizer(saved, trust_remote_code=trusted)
-    load.read_tokenizer(saved)
+    (tmp_path / "tokenizer.json").touch()
+    load.read_tokenizer(tmp_path, trust_remote_code=trusted)
+    load.read_tokenizer(tmp_path)
     load.read_tokenizer(saved, gguf="x.gguf")
     assert [more["trust_remote_code"] for more in told] == [trusted, False, False]
 
