@@ -10,6 +10,8 @@ from types import TracebackType
 
 import torch
 
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD; set, it no longer grows with what was freed
+
 
 class PeakMemory:
     """Measure a `with` block; afterwards `bytes` is the highest use above that at entry, or None if it cannot be told.
@@ -50,12 +52,21 @@ class PeakMemory:
 def in_use(device: torch.device | str = "cpu") -> int | None:
     """Return the bytes in use now, after handing back what is free; None if it cannot be told."""
     device = torch.device(device)
+    release()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def release() -> None:
+    """Hand back to the system what is free: glibc keeps it, in pieces that large tensors do not fit into again."""
     gc.collect()
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and so hides what is new
-    return _status("VmRSS")
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_pieces() -> None:
+    """Have glibc hand pieces of 4 MB and more back to the system as soon as they are freed, from now on."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 22)
 
 
 def _status(field: str) -> int | None:

@@ -16,7 +16,7 @@ from quantforge.models import arch, fold
 from quantforge.models.walk import Stage
 from quantforge.numerics.formats import Format
 from quantforge.numerics.inputs import Inputs
-from quantforge.protocols import Correction, Exporter, Solver, Tuner
+from quantforge.protocols import Correction, Solver, Tuner
 from quantforge.recipe import Recipe
 
 
@@ -62,15 +62,18 @@ class LayerPlan:
 class Plan:
     """A recipe laid over a model.
 
-    recipe  what is done
-    stages  names of the layers that are solved together, in the order of the forward
-    layers  by full name, in the same order
-    kept    parameters that stay as they are: (count, bytes in the checkpoint's dtype)
-    dtype   the checkpoint's dtype, in which scales are stored
-    notes   what the user should know
-    floats  names of the layers of the decoder blocks that stay in float
-    fused   names of the modules of fused experts, which hold no layers and stay in float
-    known   False if the architecture is not in the table: nobody has looked at how its layers are called
+    recipe     what is done
+    stages     names of the layers that are solved together, in the order of the forward
+    layers     by full name, in the same order
+    kept       parameters that stay as they are: (count, bytes in the checkpoint's dtype)
+    dtype      the checkpoint's dtype, in which floats are stored
+    notes      what the user should know
+    floats     names of the layers of the decoder blocks that stay in float
+    fused      names of the modules of fused experts, which hold no layers and stay in float
+    known      False if the architecture is not in the table: nobody has looked at how its layers are called
+    config     the model's own config
+    container  the exporter that the user named; "" leaves the choice to the formats
+    scales     the dtype of scales; None: the checkpoint's
     """
 
     recipe: Recipe
@@ -82,6 +85,9 @@ class Plan:
     floats: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     known: bool = True
+    config: Any = None
+    container: str = ""
+    scales: torch.dtype | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -118,6 +124,7 @@ class Plan:
         """Return the plan as plain JSON values."""
         return {
             "method": self.recipe.name,
+            **({"container": self.container} if self.container else {}),
             "bits_per_weight": self.bits_per_weight,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -134,24 +141,27 @@ class Plan:
             "notes": self.notes,
         }
 
-    def table(self) -> str:
-        """Return what each layer becomes as lines of text, with the totals."""
+    def table(self, more: Sequence[str] = ()) -> str:
+        """Return what each layer becomes as lines of text, `more` lines about all of them, and the totals."""
         width = max(map(len, self.layers), default=5)
         lines = [f"{'layer':{width}}  {'out x in':>13}  {'format':22}  bits/weight"]
         for p in self.layers.values():
             stored = f"{p.format} x {p.inputs}" if p.inputs else str(p.format)
             lines.append(f"{p.name:{width}}  {p.shape[0]:>6}x{p.shape[1]:<6}  {stored:22}  {p.bits_per_weight:.3f}")
+        lines += more
         lines.append(
             f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight; "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+            + (f" in {self.container}" if self.container else "")
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
+def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype, scales: torch.dtype | None = None) -> Plan:
     """Lay `recipe` over `model` (its weights may be on the meta device) and check all that needs no data.
 
-    dtype  the checkpoint's dtype: scales are stored in it
+    dtype   the checkpoint's dtype
+    scales  the dtype of scales; None: the checkpoint's
 
     Raises PlanError naming the layers and what would work.
     """
@@ -167,7 +177,7 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
             layers[name] = LayerPlan(
                 name,
                 (width, out) if transposed else (out, width),
-                own.weights.with_scale(dtype),
+                own.weights.with_scale(scales or dtype),
                 own.solver,
                 own.corrections,
                 transposed,
@@ -192,14 +202,9 @@ def make(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
         floats,
         tuple(arch.fused_experts(model)),
         known=arch.knows(model),
+        config=model.config,
+        scales=scales,
     )
-
-
-def check_export(plan: Plan, exporter: Exporter) -> None:
-    """Raise PlanError if `exporter` cannot hold what `plan` makes."""
-    reason = exporter.refuses(plan)
-    if reason:
-        raise PlanError(253, reason)
 
 
 def with_notes(plan: Plan, notes: Sequence[str]) -> Plan:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Hashable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
@@ -13,6 +15,8 @@ import yaml
 from quantforge.errors import DataError, ResourceError, nearest
 
 KINDS = ("calib", "eval")
+MAX_YAML = 200_000  # bytes, some seconds of reading
+MAX_ALIASES = 20  # of which few enough can be nested to stay small when written out
 T = TypeVar("T")
 
 
@@ -45,14 +49,53 @@ def definitions(kind: str) -> dict[str, Path]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping with text keys; DataError if it holds anything else."""
+    """Read a YAML file that holds one mapping with text keys; DataError if it holds anything else.
+
+    The file may come from a stranger: it must be small and regular, without a key twice, and with few aliases.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(420, f"{path.name} cannot be read as YAML: {error}") from error
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_YAML:
+            raise DataError(420, f"{path.name} must be an ordinary file of at most {MAX_YAML:,} bytes.")
+        return parse_mapping(path.read_bytes(), path.name)
+    except OSError as error:
+        raise DataError(420, f"{path.name} cannot be read: {error.strerror or error}.") from error
+
+
+def parse_mapping(raw: bytes, name: str) -> dict[str, Any]:
+    """Parse YAML in UTF-8 that holds one mapping with text keys; DataError naming `name` if it is anything else."""
+    try:
+        values = _Strict(raw.decode("utf-8")).get_single_data()
+    except RecursionError as error:
+        raise DataError(420, f"{name} cannot be read as YAML: it is nested too deeply.") from error
+    # what is no value of its tag, such as the date 2001-99-99, raises whatever its constructor does
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise DataError(420, f"{name} cannot be read as YAML: {str(error)[:500]}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise DataError(420, f"{path.name} must hold one mapping of keys to values, not {type(values).__name__}.")
+        raise DataError(420, f"{name} must hold one mapping of keys to values, not {type(values).__name__}.")
     return values
+
+
+class _Strict(yaml.SafeLoader):
+    """Makes plain values only, and refuses a key that stands twice, and more than MAX_ALIASES aliases."""
+
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MAX_ALIASES:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:
