@@ -68,8 +68,10 @@ def table(heads: list[str], rows: list[list[str]], right: int = 0) -> str:
 
 HAND = (
     "calibration-study.md",
+    "checkpoints.md",
     "distillation.md",
     "evaluation.md",
+    "memory-and-time.md",
     "papers.md",
     "sensitivity.md",
 )  # pages that are written, not made
@@ -97,6 +99,9 @@ How results are measured: [tasks and perplexity](evaluation.md), [sensitivity](s
 text does](calibration-study.md), [the papers' figures](papers.md).
 
 How a quantized model is trained back to quality: [students](distillation.md).
+
+What a checkpoint is written as, who loads it, and what computes with it: [checkpoints](checkpoints.md).
+What a run takes, and how it keeps to it: [memory, disk and time](memory-and-time.md).
 
 The pages of methods are made by `make docs` from the code and the committed reports.
 """

@@ -2,7 +2,8 @@
 
 A line `<!-- table: FILE -->` is followed by the table of that report, up to `<!-- end of table -->`; a line
 `<!-- methods: FILE -->` by a row for each of its runs, with the method's page and paper; a line `<!-- plot: FILE -->`
-by its plot of quality against size, a file beside the report. Such a slot stays as it is while there is no report.
+by its plot of quality against size, a file beside the report; a line `<!-- loaders: FILE -->` by the first table of
+that page and the list right under it. Such a slot stays as it is while there is no report.
 """
 
 import re
@@ -14,7 +15,7 @@ from quantforge.record import Report, Run
 
 ROOT = Path(__file__).parent.parent
 PLOT = "size.svg"
-_SLOT = re.compile(r"(<!-- (table|methods|plot): (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_SLOT = re.compile(r"(<!-- (table|methods|plot|loaders): (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def refreshed(text: str, root: Path = ROOT) -> str:
@@ -24,6 +25,8 @@ def refreshed(text: str, root: Path = ROOT) -> str:
         file = root / slot[3]
         if slot[2] != "table" and not file.exists():
             return slot[0]
+        if slot[2] == "loaders":
+            return f"{slot[1]}\n{first_table(file)}\n{slot[4]}"
         found = record.from_json(file.read_text(encoding="utf-8"))
         if slot[2] == "plot":
             return f"{slot[1]}![Quality against bytes on disk]({Path(slot[3]).with_name(PLOT)})\n{slot[4]}"
@@ -33,6 +36,14 @@ def refreshed(text: str, root: Path = ROOT) -> str:
         return f"{slot[1]}\n{table}\n\n{facts}\n{slot[4]}"
 
     return _SLOT.sub(filled, text)
+
+
+def first_table(page: Path) -> str:
+    """Return the first table of a Markdown page with the list right under it; ValueError if it has none."""
+    found = re.search(r"^((?:\|.*\n)+)(?:\n+((?:- .*\n)+))?", page.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{page} has no table")
+    return "\n".join(filter(None, found.groups())).rstrip("\n")
 
 
 def methods(found: Report) -> str:
