@@ -9,16 +9,20 @@ import json
 import signal
 import sys
 import threading
+import traceback
 from typing import Any
 
 import click
 
-from quantforge import __version__
+from quantforge import __version__, stopping
 from quantforge.cli import (
+    bench,
     calibration_study,
     compare,
+    convert,
     distill,
     evaluate,
+    generate,
     papers,
     qat,
     qlora,
@@ -26,13 +30,17 @@ from quantforge.cli import (
     report,
     sensitivity,
     show,
+    verify,
 )
 from quantforge.cli.options import print_result
-from quantforge.errors import QuantForgeError, RecipeError
+from quantforge.errors import QuantForgeError, RecipeError, ResourceError
+
+INTERNAL = 70  # the exit code of our own faults
+_SMALLER = "fewer --samples, a shorter --seq-len, or `quantize --max-memory` need less"
 
 
 class Group(click.Group):
-    """Turns a QuantForgeError into one line (or one JSON object) and its exit code; other exceptions are bugs."""
+    """Turns a QuantForgeError into one line (or one JSON object) and its exit code; other exceptions are bugs: 70."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Note whether errors are wanted as JSON, which only the command's own options say."""
@@ -41,21 +49,50 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; ended by a signal, it still removes what it had only half written."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-                if signal.getsignal(number) is signal.SIG_IGN:  # nohup
-                    continue
-                signal.signal(number, lambda got, frame: sys.exit(128 + got))
+        _end_on_signals()
         try:
             return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
+        except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own ways out
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "quantforge"
             message = error.format_message().rstrip(".")
             _fail(ctx, RecipeError(212, f"{message}; `{command} --help` lists what there is."))
         except QuantForgeError as error:
             _fail(ctx, error)
+        except click.ClickException:
+            raise
+        except KeyboardInterrupt:
+            ctx.exit(128 + signal.SIGINT)
+        except Exception as error:
+            _own_fault(ctx, error)
+
+
+def _end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end the process by way of its clean-up, unless they are ignored (nohup)."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda got, frame: sys.exit(128 + got))
+
+
+def _own_fault(ctx: click.Context, error: Exception) -> None:
+    """End with 5 if the machine ran out of memory, else with the traceback and 70."""
+    if _lacks_memory(error):
+        said = str(error).rpartition("Allocator: ")[2].rstrip(".") or "no more is given"
+        _fail(ctx, ResourceError(533, f"memory ran out: {said}; {_SMALLER}."))
+    if type(error).__name__ == "AcceleratorError" or str(error).startswith("CUDA error"):
+        said = str(error).partition("\n")[0].rstrip(".")
+        _fail(ctx, ResourceError(534, f"the GPU does not answer any more: {said}; what was committed is kept."))
+    click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    click.echo("this is a fault of quantforge, not of what it was given; please report it.", err=True)
+    ctx.exit(INTERNAL)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Tell whether an exception, of Python or of torch on the CPU or a GPU, says that there is no more memory."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _fail(ctx: click.Context, error: QuantForgeError) -> None:
@@ -68,16 +105,17 @@ def _fail(ctx: click.Context, error: QuantForgeError) -> None:
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="quantforge")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Quantize language models, and see what it cost."""
+    if ctx.invoked_subcommand == "quantize":  # what can be gone on with comes to a good end first
+        ctx.with_resource(stopping.watching())
 
 
-for command in (quantize.quantize, evaluate.evaluate, compare.compare, show.inspect, show.methods, show.formats_):
-    command.context_settings = main.context_settings  # also where a command is called without the group
+for command in (
+    quantize.quantize, evaluate.evaluate, compare.compare, show.inspect, show.methods, show.formats_, sensitivity.sensitivity,
+    calibration_study.calibration_study, papers.papers, convert.convert, verify.verify, generate.generate, bench.bench,
+    report.report, distill.distill, qat.qat, qlora.qlora,
+):  # fmt: skip
+    command.context_settings = main.context_settings  # a command called without the group keeps the help option of that call
     main.add_command(command)
-main.add_command(sensitivity.sensitivity)
-main.add_command(calibration_study.calibration_study)
-main.add_command(papers.papers)
-main.add_command(report.report)
-for training in (distill.distill, qat.qat, qlora.qlora):
-    main.add_command(training)
