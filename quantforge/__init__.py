@@ -8,24 +8,22 @@ model = quantforge.load("path/to/checkpoint")
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantforge.api import evaluate, load, quantize
+    from quantforge.api import evaluate, generate, load, quantize
     from quantforge.comparison import compare
+    from quantforge.conversion import convert
+    from quantforge.verification import verify
 
-__all__ = ["__version__", "compare", "evaluate", "load", "quantize"]
+__all__ = ["__version__", "compare", "convert", "evaluate", "generate", "load", "quantize", "verify"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and what needs it only when a function is first asked for, so that `--help` need not wait."""
-    if name in ("evaluate", "load", "quantize"):
-        from quantforge import api
-
-        return getattr(api, name)
-    if name == "compare":
-        from quantforge.comparison import compare
-
-        return compare
+    homes = {"compare": "comparison", "convert": "conversion", "verify": "verification"}
+    if name in __all__:
+        return getattr(import_module(f"quantforge.{homes.get(name, 'api')}"), name)
     raise AttributeError(f"module 'quantforge' has no attribute {name!r}")

@@ -57,6 +57,24 @@ class ResourceError(QuantForgeError):
     exit_code = 5
 
 
+class IdentityError(QuantForgeError):
+    """An unfinished run that was given other inputs than those it is continued with (QF-600 to 609)."""
+
+    exit_code = 6
+
+
+class LockedError(QuantForgeError):
+    """Another process is at work on the same output folder (QF-61n)."""
+
+    exit_code = 7
+
+
+class Stopped(QuantForgeError):  # noqa: N818 - not a fault: the user asked for it
+    """A run that was asked to stop, and can be gone on with by the same command (QF-62n)."""
+
+    exit_code = 75
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'? " for the closest of `known`, or an empty string."""
     near = get_close_matches(name, list(known), n=1)

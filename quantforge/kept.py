@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from quantforge.errors import DataError
-from quantforge.store import write_bytes
+from quantforge.store import write_tensors
 
 ADVICE = "delete it to have it made anew"
 _SHOWN = 16  # characters of a fact that a message shows: a digest is longer, and nobody reads it
@@ -25,7 +24,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
     Raises ResourceError if it cannot be written.
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, to_bytes(held, {**facts, "content": _content(held)}))
+    write_tensors(path, held, {**facts, "content": _content(held)})
 
 
 def read(path: Path, facts: Mapping[str, str]) -> dict[str, Tensor]:

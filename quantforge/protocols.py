@@ -7,11 +7,15 @@ registers no hooks and sees no model: the pipeline collects what it `needs` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from quantforge.models.walk import Call
     from quantforge.numerics.formats import Format
     from quantforge.numerics.inputs import Scheme
@@ -130,6 +134,18 @@ class Exporter(Protocol):
     def refuses(self, plan: Plan) -> str | None:
         """Return why `plan` cannot be written in this format, and what could; None if it can."""
 
+    def fix(self, fmt: Format) -> Format:
+        """Return what this container makes of `fmt`, a method's own, where the user names the container.
+
+        It is asked before anything is solved; what the user says of bits, groups and zero points goes before it.
+        """
+
+    def dtypes(self, own: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
+        """Return the dtypes of floats and of scales in a checkpoint of a model in `own`, if the user names it.
+
+        None for scales: it takes any, and they come in the dtype of floats.
+        """
+
     def tensors(self, name: str, weight: QWeight) -> dict[str, Tensor]:
         """Return the tensors that stand in the file for the layer `name`, by full name."""
 
@@ -138,3 +154,35 @@ class Exporter(Protocol):
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, QWeight]:
         """Return the quantized layers by name, taking their tensors out of `tensors`, all those of a checkpoint."""
+
+
+@runtime_checkable
+class FileExporter(Exporter, Protocol):
+    """An exporter whose weights are no safetensors: it writes their file itself, beside config.json and the tokenizer.
+
+    Its `tensors` are not asked for, and where its `config` is empty config.json says nothing of quantization.
+    """
+
+    def refuses_tokenizer(self, tokenizer: Any) -> str | None:
+        """Return why the file cannot hold a model's tokenizer, or None for one that is missing; None if it can."""
+
+    def notes(self, config: Any, tokenizer: Any) -> list[str]:
+        """Return what a user should know before a model with this config and tokenizer is written."""
+
+    def write(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        plan: Plan,
+        layers: Mapping[str, QWeight],
+        tensors: Mapping[str, Tensor],
+        tokenizer: Any,
+        source: str,
+    ) -> None:
+        """Write the weights into `folder`, which holds nothing yet.
+
+        layers     the quantized layers, by full name
+        tensors    all else of the model's state, on the CPU, floats in `plan.dtype`; tied ones are one tensor
+        tokenizer  the model's, or None
+        source     name of the float model
+        """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
@@ -103,6 +104,7 @@ def load(
     inputs: str | None = None,
     settings: dict[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    fix: Callable[[Format], Format] | None = None,
 ) -> Recipe:
     """Return the bundled recipe `name`, changed as asked; "awq+gptq" joins two that fill different slots.
 
@@ -113,6 +115,7 @@ def load(
     inputs      how layers round their inputs: "int8-token", "int8-tensor-static", "e4m3-token"; "float": not at all
     settings    {"solver.damp_percent": 0.01, …}: options of the recipe's parts
     overrides   {pattern of layer names: {"bits": 8, "group_size": 32, "method": "rtn", "skip": True}}
+    fix         what a container makes of a format, where none of the above says otherwise
 
     Raises RecipeError for an unknown recipe, option or value, with the nearest name.
     """
@@ -137,11 +140,12 @@ def load(
         kind: tuple(registry.create(kind, plug_in, options) for plug_in, options in slots[field])
         for kind, field in _PARTS.items()
     }
+    asked = (bits, group_size, symmetric)
     chosen = Recipe(
         name,
         raw["about"],
         raw["paper"],
-        _change(_weights(weights or raw["weights"]), bits, group_size, symmetric),
+        _fixed(_change(_weights(weights or raw["weights"]), *asked), fix, *asked, named=weights is not None),
         built["solver"][0],
         built["transform"],
         built["tuner"],
@@ -150,7 +154,7 @@ def load(
         rounding,
     )
     others = tuple(
-        (pattern, _override(chosen, pattern, wish, (bits, group_size, symmetric, weights, inputs), settings))
+        (pattern, _override(chosen, pattern, wish, (*asked, weights, inputs), settings, fix))
         for pattern, wish in (overrides or {}).items()
     )
     return replace(chosen, overrides=others)
@@ -215,9 +219,7 @@ def suite(name: str) -> list[Wish]:
 
 def _read(name: str) -> dict[str, Any]:
     pick("method", name, names())
-    text = (resources.files("quantforge") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    raw = yaml.safe_load(text)
-    assert set(raw) <= set(_FIELDS), f"bundled recipe {name} has unknown fields"
+    raw = _bundled(name)
     found: dict[str, Any] = {
         "weights": DEFAULT_WEIGHTS,
         "inputs": None,
@@ -227,6 +229,14 @@ def _read(name: str) -> dict[str, Any]:
         "corrections": [],
     }
     return {**found, "skip": ["lm_head"], **raw}
+
+
+@functools.cache
+def _bundled(name: str) -> dict[str, Any]:
+    text = (resources.files("quantforge") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    raw: dict[str, Any] = yaml.safe_load(text)
+    assert set(raw) <= set(_FIELDS), f"bundled recipe {name} has unknown fields"
+    return raw
 
 
 def _join(name: str, raws: list[dict[str, Any]]) -> dict[str, Any]:
@@ -308,7 +318,12 @@ def _set(slots: dict[str, list[_Slot]], key: str, value: Any) -> None:
 
 
 def _override(
-    base: Recipe, pattern: str, wish: Mapping[str, Any], shared: tuple[Any, ...], settings: dict[str, Any] | None
+    base: Recipe,
+    pattern: str,
+    wish: Mapping[str, Any],
+    shared: tuple[Any, ...],
+    settings: dict[str, Any] | None,
+    fix: Callable[[Format], Format] | None,
 ) -> Recipe | None:
     """Return the recipe of the layers that `pattern` matches: the base's, but for what is wished; None to skip them."""
     shapes: dict[str, type] = {"bits": object, "group_size": object, "symmetric": object, "weights": str, "inputs": str}
@@ -335,6 +350,7 @@ def _override(
         weights=weights,
         inputs=inputs,
         settings=_applying(settings, inputs) if same else None,
+        fix=fix,
     )
     if not same and (other.transforms or other.tuners):
         raise RecipeError(
@@ -374,6 +390,24 @@ def _change(fmt: Format, bits: int | None, group_size: int | None, symmetric: bo
     if fmt.zero is not None:
         raise RecipeError(216, f"{fmt} needs its zero points; leave --symmetric out.")
     return replace(fmt, symmetric=symmetric)
+
+
+def _fixed(
+    fmt: Format,
+    fix: Callable[[Format], Format] | None,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    *,
+    named: bool,
+) -> Format:
+    """Return what a container makes of `fmt`, but for what the user asked for: all of it if the format was `named`."""
+    if fix is None:
+        return fmt
+    found = fix(fmt)
+    if named:
+        return found if (found.grid, found.block, found.symmetric) == (fmt.grid, fmt.block, fmt.symmetric) else fmt
+    return _change(found, bits, group_size, symmetric)
 
 
 def _widen(grid: Grid, bits: int) -> Grid:

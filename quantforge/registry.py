@@ -32,6 +32,9 @@ _BUILT_IN = (
     "quantforge.exporters.compressed_tensors",
     "quantforge.exporters.bitsandbytes",
     "quantforge.exporters.bitsandbytes8",
+    "quantforge.exporters.gptq",
+    "quantforge.exporters.awq",
+    "quantforge.exporters.gguf",
     "quantforge.exporters.native",
 )
 _TABLE: dict[tuple[str, str], type] = {}

@@ -82,7 +82,7 @@ def test_eight_bits_are_within_half_a_percent_of_float(perplexity):
 def test_a_checkpoint_scores_exactly_what_the_model_in_memory_scores(method, bits, made, perplexity, score, tmp_path):
     saved = made[method, bits].save(tmp_path / "checkpoint")
     assert score(saved) == perplexity[method, bits]
-    assert score(api.load(saved, torch.float32)) == perplexity[method, bits]
+    assert score(api.load(saved, torch.float32, packed=False)) == perplexity[method, bits]
 
 
 def test_stock_transformers_scores_the_same_checkpoint_the_same(made, perplexity, score, tmp_path):

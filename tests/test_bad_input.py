@@ -408,13 +408,11 @@ def test_42_and_45_damaged_text_is_read_where_that_is_asked_for(command, text, t
     refused(tried(text), 4, "not UTF-8", "position 3", "--encoding")
     refused(tried(text, "--encoding", "cp1253x"), 2, "'cp1253x'", "did you mean 'cp125")
     for more in (("--encoding", "cp1252"), ("--errors", "replace")):
-        with pytest.raises(WeightsError):
-            tried(text, *more)
+        assert "WeightsError" in tried(text, *more).stderr
     lines = text.with_suffix(".jsonl")
     lines.write_text('{"text": "words of a document"}\n' * 40 + "{}\n")
     refused(tried(lines), 4, "line 41", "no field 'text'", "--bad-lines")
-    with pytest.raises(WeightsError):
-        tried(lines, "--bad-lines", 1)
+    assert "WeightsError" in tried(lines, "--bad-lines", 1).stderr
 
 
 def test_38_no_window_is_ever_repeated(text, tmp_path):

@@ -17,6 +17,7 @@ import quantforge
 from quantforge import checkpoint
 from quantforge.errors import ModelError
 from quantforge.models import tiny
+from quantforge.runtime.generate import ends_of
 from quantforge.store import MARK
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -55,6 +56,47 @@ def test_a_checkpoint_is_read_in_any_dtype_and_ready_to_evaluate(saved):
     assert {p.dtype for p in checkpoint.read(saved, torch.float32).parameters()} == {torch.float32}
     with torch.no_grad():
         assert model(torch.arange(3, 20)[None]).logits.isfinite().all()
+
+
+def test_what_ends_a_text_and_how_tokens_are_drawn_is_read(folder):
+    change_config(folder, lambda c: c.update(eos_token_id=[2, 107], top_p=0.9), "generation_config.json")
+    for packed in (True, False):
+        model = quantforge.load(folder, packed=packed)
+        assert (model.generation_config.eos_token_id, model.generation_config.top_p) == ([2, 107], 0.9)
+        assert ends_of(model) >= {2, 107}
+    (folder / "generation_config.json").unlink()
+    assert checkpoint.read(folder).generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"eos_token_id": 1.5}', '{"eos_token_id": ["a"]}', "[]", "{", '{"compile_config": 7}'],
+)
+def test_a_damaged_generation_config_is_one_line(folder, text):
+    (folder / "generation_config.json").write_text(text)
+    assert "generation_config.json" in refused(folder)
+
+
+def test_a_generation_config_outside_the_folder_is_not_opened(folder, tmp_path):
+    (tmp_path / "mine.json").write_text('{"eos_token_id": 5}')
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to(tmp_path / "mine.json")
+    assert "generation_config.json" in refused(folder)
+
+
+def test_a_hollow_checkpoint_has_all_but_the_weights_of_its_layers(saved):
+    whole = checkpoint.read(saved)
+    model, layers = checkpoint.read_hollow(saved)
+    assert len(layers) == 14
+    for name, parameter in whole.named_parameters():
+        found = model.get_parameter(name)
+        layer = name.removesuffix(".weight")
+        assert (found.shape, found.dtype) == (parameter.shape, parameter.dtype)
+        if layer in layers:
+            assert found.untyped_storage().nbytes() <= 8, "a weight that was made for nothing"
+            assert torch.equal(layers[layer].dequantize(parameter.dtype), parameter)
+        else:
+            assert torch.equal(found, parameter)
 
 
 @pytest.mark.parametrize("part", ["weight_scale", "weight_shape", "weight_zero_point"])

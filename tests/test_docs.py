@@ -217,6 +217,32 @@ def test_the_table_of_methods_links_pages_and_states_papers(report, tmp_path):
         assert (ROOT / target).exists()
 
 
+def test_what_loads_where_is_shown_with_its_versions(tmp_path):
+    readme, interop = load_tool("readme"), load_tool("interop")
+    slot = "a\n<!-- loaders: reports/interop/README.md -->\nold\n<!-- end of table -->\nb\n"
+    assert readme.refreshed(slot, tmp_path) == slot
+    row = interop.Row("w8a8", "compressed-tensors", "stock", 20.5, 20.5, 1, 1, 0, None, 3.0, {"transformers": "5.0"})
+    page = interop.page([row, replace(row, loader="vllm", versions={"vllm": "0.32.0"}, error="a | b")])
+    (tmp_path / "reports" / "interop").mkdir(parents=True)
+    (tmp_path / "reports" / "interop" / "README.md").write_text(page, encoding="utf-8")
+    filled = readme.refreshed(slot, tmp_path)
+    before, table, rest = filled.split("\n\n")
+    versions, after = rest.split("\n<!--")
+    assert before == "a\n<!-- loaders: reports/interop/README.md -->"
+    lines = table.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("| checkpoint ")
+    assert lines[3] in page
+    assert versions.splitlines()[0] == "- transformers: transformers 5.0"
+    assert versions.splitlines()[1] == "- vLLM (CPU): vllm 0.32.0"
+    assert versions.splitlines()[-1].startswith("- ours: quantforge ")
+    assert after == " end of table -->\nb\n"
+    assert readme.refreshed(filled, tmp_path) == filled
+    (tmp_path / "reports" / "interop" / "README.md").write_text("# No table\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README.md has no table"):
+        readme.refreshed(slot, tmp_path)
+
+
 def test_a_table_whose_report_is_gone_is_a_fault(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_tool("readme").refreshed("<!-- table: reports/x/report.json -->\n<!-- end of table -->\n", tmp_path)

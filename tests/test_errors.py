@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from quantforge import errors
 from quantforge.errors import (
     DataError,
+    IdentityError,
+    LockedError,
     ModelError,
     PlanError,
     QuantForgeError,
     RecipeError,
     ResourceError,
+    Stopped,
     nearest,
     pick,
 )
@@ -28,25 +31,41 @@ RANGES = {
     ModelError: range(300, 400),
     DataError: range(400, 500),
     ResourceError: range(500, 600),
+    IdentityError: range(600, 610),
+    LockedError: range(610, 620),
+    Stopped: range(620, 630),
 }
 SOURCE = Path(inspect.getfile(errors)).parent
 
 
 def test_each_class_has_its_exit_code():
     codes = {cls.__name__: cls.exit_code for cls in QuantForgeError.__subclasses__()}
-    assert codes == {"RecipeError": 2, "PlanError": 2, "ModelError": 3, "DataError": 4, "ResourceError": 5}
+    assert codes == {
+        "RecipeError": 2,
+        "PlanError": 2,
+        "ModelError": 3,
+        "DataError": 4,
+        "ResourceError": 5,
+        "IdentityError": 6,
+        "LockedError": 7,
+        "Stopped": 75,
+    }
 
 
 def test_every_number_in_the_source_lies_in_the_range_of_its_class():
     """Found in the source, so that a new error with a number of another class's range is noticed."""
-    known = {cls.__name__: numbers for cls, numbers in RANGES.items()} | {"damaged": RANGES[ModelError]}
+    known = {cls.__name__: numbers for cls, numbers in RANGES.items()}
+    known |= {"damaged": RANGES[ModelError], "Finding": RANGES[ModelError]}
     seen = 0
     for file in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in known):
                 continue
-            number = node.args[0]
-            if isinstance(number, ast.Name) and number.id == "number":  # passed on, by `damaged`
+            at = 1 if node.func.id == "Finding" else 0
+            if at == len(node.args):  # a note
+                continue
+            number = node.args[at]
+            if getattr(number, "id", getattr(number, "attr", "")) == "number":  # passed on, by `damaged` or a finding
                 continue
             assert isinstance(number, ast.Constant), f"{file.name}:{node.lineno} has no plain number"
             assert number.value in known[node.func.id], f"{file.name}:{node.lineno}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def check_the_same(first: Path, second: Path) -> None:
 def test_what_is_opened_and_saved_is_the_same_checkpoint_with_the_same_record(name, tmp_path):
     quantized(tmp_path / "first", name)
     result = checkpoint.open_result(tmp_path / "first")
-    assert torch.equal(logits(result.model), logits(quantforge.load(tmp_path / "first", torch.float32)))
+    assert torch.equal(logits(result.model), logits(checkpoint.read(tmp_path / "first", torch.float32)))
     result.save(tmp_path / "second")
     check_the_same(tmp_path / "first", tmp_path / "second")
     old, new = record(tmp_path / "first"), record(tmp_path / "second")
@@ -91,6 +92,8 @@ def test_what_is_opened_and_saved_is_the_same_checkpoint_with_the_same_record(na
         assert new.pop("bytes_after") >= old.pop("bytes_after")
         for row in (*old["layers"], *new["layers"]):
             row.pop("bits_per_weight")
+        for told in (old, new):
+            told["digests"].pop("record")
     assert new == old
 
 
@@ -103,7 +106,7 @@ def test_every_architecture_comes_back(kind, tmp_path):
 
 
 def test_the_facts_are_those_of_the_result_that_was_saved(tmp_path):
-    saved = quantized(tmp_path / "out", "gptq")
+    saved = replace(quantized(tmp_path / "out", "gptq"), seconds=0.0, peak_memory=None)  # which no checkpoint keeps
     result = checkpoint.open_result(tmp_path / "out")
     assert result.plan.recipe.name == "gptq"
     assert result.plan.recipe.solver == saved.plan.recipe.solver

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import quantforge
-from quantforge import pipeline, recipe, solving
+from quantforge import course, pipeline, recipe, solving
 from quantforge import plan as planning
 from quantforge.errors import QuantForgeError
 from quantforge.models import arch, tiny
@@ -110,8 +110,8 @@ def test_with_data_rounding_gives_the_same_codes_and_the_losses_of_the_outputs()
 def test_what_needs_no_inputs_walks_no_model(monkeypatch):
     """SmoothQuant looks at inputs once, before; its layers are then rounded by their weights alone."""
     walks = []
-    real = pipeline.walk
-    monkeypatch.setattr(pipeline, "walk", lambda *args: walks.append(1) or real(*args))
+    real = course.walk
+    monkeypatch.setattr(course, "walk", lambda *args: walks.append(1) or real(*args))
     for method, count in (("smoothquant", 1), ("smoothquant+gptq", 2), ("rtn", 0)):
         walks.clear()
         model = tiny.make("llama")

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantforge
+from quantforge import exporters, recipe
 from quantforge import plan as planning
-from quantforge import recipe
 from quantforge.errors import PlanError
 from quantforge.exporters.compressed_tensors import CompressedTensors
 from quantforge.models import arch, tiny
@@ -32,7 +32,7 @@ LLAMA = {
 def make(model: nn.Module, chosen: recipe.Recipe) -> planning.Plan:
     """Plan for a checkpoint of compressed-tensors."""
     plan = planning.make(model, chosen, torch.bfloat16)
-    planning.check_export(plan, CompressedTensors())
+    exporters.check(plan, CompressedTensors())
     return plan
 
 
@@ -60,7 +60,7 @@ def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(widths,
 @pytest.mark.parametrize("group", [96, 64, 48, 32, 16, -1])
 def test_the_sizes_named_do_divide(group):
     plan = planning.make(skeleton(), recipe.load("gptq", group_size=group), torch.bfloat16)
-    planning.check_export(plan, CompressedTensors())
+    exporters.check(plan, CompressedTensors())
     assert len(plan.layers) == 210
     blocks = 576 * 576 // (576 if group == -1 else group)
     assert plan.layers["model.layers.0.self_attn.q_proj"].bits_per_weight == 4 + 20 * blocks / 576**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from quantforge.numerics.products import linear
 
 _TILES = 8
 SAMPLED = 16  # tokens that are kept of each batch, where samples are wanted
+
+Place = Callable[[int], str]  # tells where a token stands, by its number in the batch: "window 3"
 
 
 class Hessian:
@@ -44,9 +47,16 @@ class Hessian:
 
     def value(self) -> Tensor:
         """Return H [in, in], symmetric, float32; zeros when no token was seen."""
-        upper = torch.triu(self.total)
-        full = upper + torch.triu(upper, 1).T
-        return (full * (2 / max(self.tokens, 1))).float()
+        width, scale = self.total.shape[0], 2 / max(self.tokens, 1)
+        found = torch.empty(width, width, dtype=torch.float32, device=self.total.device)
+        step = max(-(-width // _TILES), 1)
+        for start in range(0, width, step):  # tile by tile: at a width of 11,008 the sums alone have a gigabyte
+            rows = slice(start, start + step)
+            found[rows, start:] = (self.total[rows, start:] * scale).float()
+            found[start + step :, rows] = found[rows, start + step :].T
+            corner = found[rows, rows].triu()
+            found[rows, rows] = corner + corner.triu(1).T
+        return found
 
 
 class Cross:
@@ -91,17 +101,19 @@ class Extremes:
 
 
 class Statistics:
-    """All that is collected about one stage's input, batch by batch.
+    """All that is collected about one stage's input, batch by batch; tokens whose input is not finite are left out.
 
-    needs  of "hessian", "magnitude", "drift", "extremes", "samples"
-    held   numbers of the batches that are held out from what drift is fitted on
+    needs    of "hessian", "magnitude", "drift", "extremes", "samples"
+    held     numbers of the batches that are held out from what drift is fitted on
+    skipped  tokens that were left out
+    first    where the first of them stood; "" if there was none
     """
 
     def __init__(
         self, needs: frozenset[str], width: int, device: torch.device | None = None, held: frozenset[int] = frozenset()
     ) -> None:
         self.needs, self.held = needs, held
-        self._seen = 0
+        self.tokens, self.skipped, self.first = 0, 0, ""
         # whatever else is wanted, losses are told by it; but what only looks at inputs is to be quick
         only_looks = bool(needs) and needs <= {"extremes", "samples"}
         self.hessian = None if only_looks else Hessian(width, device)
@@ -112,31 +124,43 @@ class Statistics:
             self.held_hessian = Hessian(width, device)
             self.cross, self.held_cross = Cross(width, device), Cross(width, device)
 
-    def add(self, batch: int, x: Tensor, float_x: Tensor | None = None) -> None:
-        """Add the tokens of `x` [..., in] of one batch; `float_x` is what the float model has there."""
-        flat = x.detach().reshape(-1, x.shape[-1])
-        self._seen += flat.shape[0]
+    def add(self, batch: int, x: Tensor, float_x: Tensor | None = None, place: Place | None = None) -> None:
+        """Add the tokens of `x` [..., in] of one batch.
+
+        float_x  what the float model has there, of the same shape
+        place    where the tokens of the batch stand; None: only the batch is known
+        """
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        usable = None if bool(flat.sum().isfinite()) else flat.isfinite().all(1)  # a sum is bad if any term is
+        if usable is not None and not bool(usable.all()):
+            if not self.skipped:
+                token = int((~usable).nonzero()[0])
+                self.first = place(token) if place else f"batch {batch}"
+            self.skipped += int((~usable).sum())
+            flat = flat[usable]
+            float_x = None if float_x is None else float_x.reshape(-1, x.shape[-1])[usable]
+        self.tokens += len(flat)
         if self.hessian is not None:
-            self.hessian.add(x)
+            self.hessian.add(flat)
         if "extremes" in self.needs:
-            self.extremes.add(x)
+            self.extremes.add(flat)
         if "samples" in self.needs and len(flat):
             # drawn: at even distances, a first token of a window, which is like no other, would come up too often
             drawn = torch.randperm(len(flat), generator=torch.Generator().manual_seed(batch))[:SAMPLED]
-            self.samples.append(flat[drawn.to(flat.device)].float())
+            self.samples.append(flat[drawn.to(flat.device)])
         if "magnitude" in self.needs:
-            size = flat.double().abs()
-            self.magnitude += size.masked_fill(~size.isfinite(), 0).sum(0)
+            self.magnitude += flat.double().abs().sum(0)
         if float_x is not None:
-            self.cross.add(x, float_x)
+            self.cross.add(flat, float_x)
             if batch in self.held:
-                self.held_hessian.add(x)
-                self.held_cross.add(x, float_x)
+                self.held_hessian.add(flat)
+                self.held_cross.add(flat, float_x)
 
-    @property
-    def tokens(self) -> int:
-        """Return how many tokens were seen."""
-        return self._seen if self.hessian is None else self.hessian.tokens
+    def let_go(self) -> None:
+        """Give back the memory of the sums, which are asked for no more; what was counted stays."""
+        self.hessian, self.samples = None, []
+        if "drift" in self.needs:
+            del self.held_hessian, self.cross, self.held_cross
 
     def fields(self) -> dict[str, Any]:
         """Return them by the names of the fields of a Problem."""
@@ -144,11 +168,14 @@ class Statistics:
         if "extremes" in self.needs:
             found["extremes"] = (self.extremes.low, self.extremes.high)
         if "samples" in self.needs and self.samples:
-            samples = torch.cat(self.samples)
-            found["samples"] = samples[samples.isfinite().all(1)]
+            found["samples"] = torch.cat(self.samples)
         if "magnitude" in self.needs:
             found["magnitude"] = (self.magnitude / max(self.tokens, 1)).float()
         if "drift" in self.needs:
             share = self.held_hessian.tokens / max(self.tokens, 1)
             found["drift"] = Drift(self.cross.value(), self.held_cross.value(), self.held_hessian.value(), share)
         return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a layer's notes have to say of it: the tokens that were left out, and where the first stood."""
+        return {"skipped_tokens": self.skipped, "first_skipped": self.first} if self.skipped else {}

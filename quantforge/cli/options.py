@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def print_result(text: str) -> None:
     """Print a result; ResourceError if there is no room for it."""
     try:
-        click.echo(text)
+        try:
+            click.echo(text)
+        except UnicodeEncodeError:  # the output's encoding lacks a letter of a name
+            encoding = sys.stdout.encoding or "ascii"
+            click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -148,6 +153,24 @@ windows_option = click.option(
     metavar="N",
     help="Evaluation windows from the start of the text; 0 is all of them.",
 )
+
+
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(option: str, text: str) -> int:
+    """Return the bytes that a text such as `8GB`, `500MiB` or `1e9`'s 1000000000 says; RecipeError naming `option`.
+
+    kB, MB, GB and TB are powers of 1000, KiB, MiB, GiB and TiB of 1024; the B may be left out.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if not found or (found[3] and not found[2]):
+        raise RecipeError(234, f"{option} {text!r} is no size; write for example 8GB, 500MiB or 2.5G.")
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2].lower()])
+    if size < 1:
+        raise RecipeError(234, f"{option} {text!r} is no memory at all; write for example 8GB.")
+    return size
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:

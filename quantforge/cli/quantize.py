@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,11 +16,16 @@ from quantforge.cli.options import (
     machine,
     parse_overrides,
     parse_settings,
+    parse_size,
     print_result,
     text_files,
     weight_format,
 )
 from quantforge.errors import RecipeError
+
+if TYPE_CHECKING:
+    from quantforge.models.load import Source
+    from quantforge.plan import Plan
 
 
 @click.command()
@@ -29,8 +36,23 @@ from quantforge.errors import RecipeError
 @calibration
 @click.option("--dynamic", is_flag=True, help="Find the inputs that stay in float anew in every call (llm-int8).")
 @click.option("--out", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
+@click.option(
+    "--format",
+    metavar="NAME",
+    help="Checkpoint to write: compressed-tensors, gptq, awq, bitsandbytes, gguf or native; default: by the method.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint in --out, once the new one is whole.")
-@click.option("--dry-run", is_flag=True, help="Show what each layer would become, then stop.")
+@click.option("--restart", is_flag=True, help="Throw away what an earlier, unfinished run to --out has done.")
+@click.option("--strict", is_flag=True, help="Make any fallback, such as more damping, an error.")
+@click.option("--max-memory", metavar="SIZE", help="Memory of the whole process, e.g. 8GB; default: what is free.")
+@click.option("--dry-run", is_flag=True, help="Show what each layer would become, and what the run takes; then stop.")
+@click.option("--probe", is_flag=True, help="With --dry-run: quantize one block for real, to tell the time by it.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With --dry-run: show what serving takes with N tokens of context.",
+)
 @text_files
 @machine
 def quantize(
@@ -50,8 +72,14 @@ def quantize(
     seed: int,
     dynamic: bool,
     out: Path | None,
+    format: str | None,
     overwrite: bool,
+    restart: bool,
+    strict: bool,
+    max_memory: str | None,
     dry_run: bool,
+    probe: bool,
+    context: int | None,
     encoding: str,
     errors: str,
     bad_lines: int,
@@ -62,8 +90,13 @@ def quantize(
     """Quantize MODEL (a folder or a hub id; the demo model if left out) into a checkpoint that loads by itself."""
     reading = Reading(encoding, errors, bad_lines)
     changed = parse_settings(settings) | ({"inputs.dynamic": True} if dynamic else {})
+    budget = None if max_memory is None else parse_size("--max-memory", max_memory)
+    if (probe or context is not None) and not dry_run:
+        raise RecipeError(
+            235, f"{'--probe' if probe else '--context'} goes with --dry-run, which stops before the run."
+        )
     if dry_run:
-        from quantforge import api, recipe
+        from quantforge import api, exporters, recipe
         from quantforge.calibrate import corpus
         from quantforge.models import load
 
@@ -76,14 +109,17 @@ def quantize(
             inputs=inputs,
             settings=changed,
             overrides=parse_overrides(overrides),
+            fix=None if format is None else exporters.named(format).fix,
         )
         load.check_device(device)
         corpus.check_name(calib, "calibration")
         source = load.find(model, trust_remote_code=trust_remote_code)
-        plan = api.prepare(source, chosen, out, overwrite=overwrite)
+        plan = api.prepare(source, chosen, out, overwrite=overwrite, format=format)
         if plan.needs:
             api.check_length(source.config, seq_len)
-        print_result(json.dumps(plan.record()) if as_json else plan.table())
+        print_result(
+            _foretold(plan, source, out, samples, seq_len, budget, context, device if probe else None, as_json=as_json)
+        )
         return
     if out is None:
         raise RecipeError(213, "--out DIR is missing: where should the checkpoint go? (--dry-run needs none)")
@@ -107,8 +143,47 @@ def quantize(
         overrides=parse_overrides(overrides),
         out=out,
         overwrite=overwrite,
+        format=format,
         reading=reading,
+        strict=strict,
         trust_remote_code=trust_remote_code,
+        max_memory=budget,
+        restart=restart,
+        command=shlex.join(["quantforge", *(part for part in sys.argv[1:] if part != "--restart")]),
     )
     where = shlex.quote(str(out))
     print_result(json.dumps(result.record()) if as_json else f"{result.summary()}\nnext: quantforge evaluate {where}")
+
+
+def _foretold(
+    plan: Plan,
+    source: Source,
+    out: Path | None,
+    samples: int,
+    seq_len: int,
+    budget: int | None,
+    context: int | None,
+    probed: str | None,
+    *,
+    as_json: bool,
+) -> str:
+    """Return what a run will take, as text or JSON; ResourceError where it would not fit.
+
+    context  tokens that serving is to hold; None: serving is not asked about
+    probed   the device on which one block is quantized for real; None: none is
+    """
+    from quantforge import journal, preflight
+    from quantforge.preflight import probe, serving
+
+    found = preflight.estimate(plan, source, samples=samples, seq_len=seq_len, max_memory=budget)
+    if probed is not None:
+        found = probe.measured(found, plan, source, samples=samples, seq_len=seq_len, device=probed)
+    preflight.check_memory(found, plan)
+    if out is not None:
+        preflight.check_disk(found, out, journal.size(out))
+    record, lines = {**plan.record(), "estimate": found.record()}, found.table().splitlines()
+    if context is not None:
+        served = serving.caches(source.config, context, plan.dtype)
+        record["serving"] = {"context": context, "weights": found.output.weights, "caches": served}
+        lines += serving.table(found.output.weights, context, served)
+    return json.dumps(record) if as_json else plan.table(lines)

@@ -187,7 +187,7 @@ def _round(weight: Tensor, fmt: Format, rule: str) -> Tensor:
 def _value(weight: Tensor, r: Range, fmt: Format) -> Tensor:
     """Return `weight` rounded under the range `r`, in its dtype; without the detour over codes where that is exact."""
     plain = isinstance(fmt.scale, torch.dtype) and not isinstance(fmt.zero, Format) and not isinstance(fmt.block, Flat)
-    if weight.dtype != torch.float32 or not plain:
+    if weight.dtype != torch.float32 or not plain or fmt.minimum:
         return quantize(weight.float(), r, fmt).dequantize(weight.dtype)
     shape = (weight.shape[0], weight.shape[1])
     scale, zero = spread(r.scale, shape, fmt.block), spread(r.zero, shape, fmt.block)
@@ -206,3 +206,5 @@ def _refuse_nested(fmt: Format) -> None:
         )
     if fmt.scale == E8M0:
         raise RecipeError(245, f"the scales of {fmt} are powers of two, which cannot be trained; their weights can be.")
+    if fmt.minimum:
+        raise RecipeError(245, f"{fmt} stores minima, which cannot be trained; int4-g32-sym and int4-g32-asym can be.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quantforge import resources
@@ -38,6 +38,17 @@ class _Missing(StrictUndefined):
     """A field that an item lacks; one inside of a list is noticed too, which shows its items by repr."""
 
     __repr__ = StrictUndefined.__str__
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Also refuses what a short template could make endless or huge: products of texts, and powers."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or not all(isinstance(part, int | float) for part in (left, right)):
+            raise TypeError(f"{operator} is for numbers, and powers are not worked out")
+        return super().call_binop(context, operator, left, right)
 
 
 @dataclass(frozen=True)
@@ -308,11 +319,18 @@ def _template(task: TaskFile, key: str) -> Callable[[dict[str, Any]], Any]:
     if not isinstance(value, str):
         return lambda row: value
     # a sandbox, since lm-eval's own templates can reach anything in Python
-    environment = ImmutableSandboxedEnvironment(undefined=_Missing, keep_trailing_newline=True)
+    environment = _Sandbox(undefined=_Missing, keep_trailing_newline=True)
     try:
+        parsed = environment.parse(value)
         template = environment.from_string(value)
     except TemplateError as error:
         raise DataError(464, f"{task.path.name}: {key} is no template: {error.message}.") from error
+    except RecursionError as error:
+        raise DataError(464, f"{task.path.name}: {key} is no template: it is nested too deeply.") from error
+    if any(list(loop.find_all(nodes.For)) or loop.recursive for loop in parsed.find_all(nodes.For)):
+        raise DataError(464, f"{task.path.name}: {key} has a loop in a loop, which may not end; write it out.")
+    if list(parsed.find_all((nodes.Macro, nodes.CallBlock, nodes.Include, nodes.Import, nodes.FromImport))):
+        raise DataError(464, f"{task.path.name}: {key} defines or loads macros, which may not end; write them out.")
     return lambda row: row[value] if value in row else template.render(row)
 
 

@@ -46,7 +46,7 @@ def inverse_factor(
     float64, then a damping three times as large up to 1, then the diagonal alone.
     """
     if order is not None:
-        hessian = hessian[order][:, order]
+        hessian = hessian[order[:, None], order]
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal.double().clamp(min=0).mean())
@@ -56,13 +56,16 @@ def inverse_factor(
     added = diagonal.clone() if relative else torch.full_like(diagonal, mean)
     while mean > 0 and torch.isfinite(hessian).all() and damp <= 1:
         for dtype in dtypes:
-            h = hessian.to(dtype, copy=True)
-            h.diagonal().add_(damp * added)
-            h.diagonal()[dead] = mean
-            lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+            h = hessian.to(dtype).flip(0, 1)
+            h.diagonal().add_((damp * added).flip(0))
+            h.diagonal()[dead.flip(0)] = mean
+            lower, failed = torch.linalg.cholesky_ex(h)
+            del h  # at a width of 11,008 each of these has half a gigabyte
             if not failed:
-                eye = torch.eye(size, dtype=dtype, device=h.device)
-                u = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+                upper = lower.flip(0, 1)
+                del lower
+                eye = torch.eye(size, dtype=dtype, device=upper.device)
+                u = torch.linalg.solve_triangular(upper, eye, upper=True)
                 if torch.isfinite(u).all():
                     return Factor(u.to(hessian.dtype), damp, str(dtype).removeprefix("torch."), dead)
         damp = max(3 * damp, 0.01)

@@ -188,7 +188,7 @@ class CodedLinear(ComputedLinear):
 def _regular(q: QTensor) -> bool:
     """Tell whether blocks are parts of one row that divide it, so that a view of the matrix lays them out."""
     block, cols = within_rows(q.shape, q.format.block), q.shape[1]
-    if block is None or block[0] != 1:
+    if block is None or block[0] != 1 or q.format.minimum:
         return False
     return block[1] is None or block[1] >= cols or cols % block[1] == 0
 

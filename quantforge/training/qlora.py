@@ -22,7 +22,7 @@ from quantforge.errors import PlanError, RecipeError, pick
 from quantforge.models import arch
 from quantforge.numerics.residuals import LowRank
 from quantforge.result import Result
-from quantforge.store import MARK, check_target, publish
+from quantforge.store import MARK, check_target, publish, write_text
 from quantforge.training.coded import CodedLinear
 from quantforge.training.layers import checkpoint_blocks, computed_layers, to_training
 
@@ -158,7 +158,7 @@ def save(student: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
     with publish(folder, overwrite=overwrite) as staging:
         student.save_pretrained(staging, save_embedding_layers=False)
         kept = {"schema": 1, "adapter": True, "files": sorted(p.name for p in staging.iterdir())}
-        (staging / MARK).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        write_text(staging / MARK, json.dumps(kept, indent=1) + "\n")
     return folder
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quantforge import store
@@ -54,11 +53,11 @@ def save(out: Path, state: State, facts: Mapping[str, Any]) -> None:
     Raises ResourceError if it cannot be written.
     """
     with store.publish(out / NAME, overwrite=True) as folder:
-        save_file(state.tensors, folder / _TENSORS)
+        store.write_tensors(folder / _TENSORS, state.tensors)
         about = {"schema": SCHEMA, "step": state.step, "facts": facts, "curve": state.curve}
         about["tensors"] = _digest(folder / _TENSORS)
         about["content"] = _content(about)
-        (folder / _ABOUT).write_text(json.dumps(about, allow_nan=False), encoding="utf-8")
+        store.write_text(folder / _ABOUT, json.dumps(about, allow_nan=False))
 
 
 def refuse_old(out: Path) -> None:

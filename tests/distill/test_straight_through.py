@@ -57,7 +57,8 @@ def check_fake_quantize(weight: Tensor, fmt: Format, rule: str) -> None:
 
 
 CENTERED = replace(parse("int4-g8-sym"), centered=True)
-EVERY = [*NAMED.values(), *map(parse, PLAIN), parse("int4-f16-asym"), parse("int8-f64"), CENTERED]
+MINIMA = [parse("int4-g32-asym-fp16-min-fp16"), parse("int3-g7-asym-fp32-min-bf16")]
+EVERY = [*NAMED.values(), *map(parse, PLAIN), parse("int4-f16-asym"), parse("int8-f64"), CENTERED, *MINIMA]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -285,3 +286,24 @@ def test_scales_that_are_not_plain_numbers_are_refused(text):
     ):
         with pytest.raises(RecipeError, match="cannot be trained"):
             call()
+
+
+@given(SEEDS, st.sampled_from(MINIMA), st.sampled_from(sorted(RULES)), DTYPES, st.floats(-9, 9))
+def test_latent_weights_through_minima_compute_what_is_stored_far_from_zero_too(seed, fmt, rule, dtype, shift):
+    check_fake_quantize((matrix(seed) + shift).to(dtype), fmt, rule)
+
+
+@pytest.mark.parametrize("fmt", MINIMA, ids=str)
+def test_minima_are_no_ranges_to_train(fmt):
+    weight = matrix(0, 4, 64)
+    kept = encode(weight, fmt)
+    one = torch.ones(kept.scale.shape)
+    for call in (
+        lambda: range_to_train(kept),
+        lambda: learned_quantize(weight, one, one, fmt),
+        lambda: with_range(kept, one, one),
+        lambda: dequantize_trained(kept, one, one),
+    ):
+        with pytest.raises(RecipeError, match=r"stores minima, which cannot be trained; int4-g32-sym") as found:
+            call()
+        assert found.value.number == 245

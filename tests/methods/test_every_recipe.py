@@ -49,7 +49,7 @@ def saved(request, tmp_path_factory) -> tuple[str, Result, Path]:
 
 def test_the_checkpoint_computes_what_the_model_in_memory_does(saved):
     _, result, folder = saved
-    loaded = quantforge.load(folder)
+    loaded = quantforge.load(folder, packed=False)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert not torch.equal(logits(loaded), logits(original()))
     assert torch.equal(logits(loaded), logits(result.model))
@@ -58,7 +58,7 @@ def test_the_checkpoint_computes_what_the_model_in_memory_does(saved):
 @pytest.mark.parametrize("method", ["lorc", *JOINED])
 def test_and_in_float32(method, tmp_path):
     result = made(method, tmp_path / "checkpoint", torch.float32)
-    loaded = quantforge.load(tmp_path / "checkpoint")
+    loaded = quantforge.load(tmp_path / "checkpoint", packed=False)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert torch.equal(logits(loaded), logits(result.model))
 
@@ -87,7 +87,7 @@ def test_the_checkpoint_is_evaluated_on_token_ids(saved):
     _, result, folder = saved
     found = quantforge.evaluate(folder, data=tokens(4, 1))
     assert found.data == {"name": "token ids", "seq_len": 24, "count": 4}
-    in_float32 = quantforge.load(folder, torch.float32)
+    in_float32 = quantforge.load(folder, torch.float32, packed=False)
     assert found.perplexity == quantforge.evaluate(in_float32, data=tokens(4, 1)).perplexity
     assert found.perplexity == pytest.approx(quantforge.evaluate(result.model, data=tokens(4, 1)).perplexity, rel=0.02)
 

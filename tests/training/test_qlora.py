@@ -152,7 +152,7 @@ def test_stock_peft_loads_the_adapter_onto_the_dequantized_base(name, tmp_path):
     base = settle(result, student)
     assert torch.equal(logits(base.model), plain)
     base.save(tmp_path / "base")
-    loaded = quantforge.load(tmp_path / "base", torch.float32)
+    loaded = quantforge.load(tmp_path / "base", torch.float32, packed=False)
     stock = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapter")
     assert torch.allclose(logits(stock), trained, rtol=0, atol=1e-5)
     assert (trained - plain).abs().max() > 0.1
@@ -249,7 +249,7 @@ def test_the_start_from_factors_takes_them_out_of_the_base(tmp_path):
     assert not any(isinstance(r, LowRank) for layer in base.layers for r in layer.weight.residuals)
     assert [x.weight.residuals for x in base.layers] == [x.weight.residuals for x in without_factors(result).layers]
     base.save(tmp_path / "base")
-    loaded = quantforge.load(tmp_path / "base", torch.float32)
+    loaded = quantforge.load(tmp_path / "base", torch.float32, packed=False)
     stock = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapter")
     assert torch.allclose(logits(stock), trained, rtol=0, atol=1e-5)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from quantforge.distill.losses import cross_entropy, next_tokens
 from quantforge.errors import PlanError
 from quantforge.models import tiny
+from quantforge.store import write_tensors
 from quantforge.training import state
 from quantforge.training.loop import Settings, train
 from quantforge.training.optimizers import OPTIMIZERS
@@ -213,20 +214,20 @@ def test_no_state_to_resume_from_is_one_line(tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_former_state(tmp_path, monkeypatch):
-    def broken(tensors, path):
+    def broken(path, tensors):
         if len(written) == 2:
             path.write_bytes(b"half of it")
             raise KeyboardInterrupt
         written.append(path)
-        save_file(tensors, path)
+        write_tensors(path, tensors)
 
     written = []
-    monkeypatch.setattr(state, "save_file", broken)
+    monkeypatch.setattr(state.store, "write_tensors", broken)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert len(written) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
-    monkeypatch.setattr(state, "save_file", save_file)
+    monkeypatch.setattr(state.store, "write_tensors", write_tensors)
     resumed, through = run(tmp_path, resume=True), run()
     assert resumed[0] == through[0]
     assert torch.equal(resumed[1], through[1])
