@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint, written as their tensors come: no more than one file's worth is in memory."""
+"""The safetensors files of a checkpoint, written as their tensors come: no more than one tensor is in memory."""
 
 from __future__ import annotations
 
@@ -12,39 +12,101 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from quantforge.store import disk, write_tensors, write_text
+from quantforge.store import disk, stream, write_text
 
 LIMIT = 10**9  # bytes of one file, which one tensor may exceed
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+Facts = tuple[torch.dtype, tuple[int, ...]]
+
+_PIECE = 1 << 22  # bytes that are copied at a time
+_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+_LETTERS = {"float": "F", "int": "I", "uint": "U"}
+_ORDER = (
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"),
+    *("C64", "F64", "I64", "U64"),
+)
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, limit: int | None = None) -> None:
     """Write named tensors into `folder`: as one file, or, beyond `limit` bytes (None: LIMIT), as several with an index.
 
     Their names are those in the files; each must come once. What a file holds, and in which file a tensor stands,
-    depends on nothing but the tensors and their order. Raises ResourceError if the disk is full or fails.
+    depends on nothing but the tensors and their order; a file is the same as safetensors' own of its tensors. They lie
+    on the disk as they come until a file's header is known: that much more room is taken meanwhile. Raises
+    ResourceError if the disk is full or fails.
     """
     limit = LIMIT if limit is None else limit
     files: list[tuple[Path, list[str]]] = []
-    held: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        path = folder / f"model-{len(files) + 1:05}.safetensors"
-        write_tensors(path, held, {"format": "pt"})
+    waiting, total = iter(tensors), 0
+    first = next(waiting, None)
+    while first is not None or not files:
+        path, raw = folder / f"model-{len(files) + 1:05}.safetensors", folder / "model.raw"
+        held: dict[str, Facts] = {}
+        size = 0
+        with stream(raw) as put:
+            while first is not None:
+                name, tensor = first
+                assert name not in held, name
+                more = tensor.numel() * tensor.element_size()
+                if held and size + more > limit:
+                    break
+                held[name] = tensor.dtype, tuple(tensor.shape)
+                if more:
+                    put(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                size += more
+                first = next(waiting, None)
+        _arrange(path, raw, held)
+        disk.remove("raw.remove", raw)
         files.append((path, sorted(held)))
-        held.clear()
-
-    for name, tensor in tensors:
-        assert name not in held, name
-        more = tensor.numel() * tensor.element_size()
-        if held and size + more > limit:
-            flush()
-            size = 0
-        held[name] = tensor.detach().cpu().contiguous()
-        size, total = size + more, total + more
-    flush()
+        total += size
     _name(folder, files, total)
+
+
+def _arrange(path: Path, raw: Path, held: Mapping[str, Facts]) -> None:
+    """Write the safetensors file of tensors whose bytes lie in `raw`, in the order of `held`."""
+    places, at = {}, 0
+    for name, facts in held.items():
+        places[name] = at
+        at += nbytes(facts)
+    with raw.open("rb") as source, stream(path) as put:
+        put(header(held))
+        for name in ordered(held):
+            source.seek(places[name])
+            rest = nbytes(held[name])
+            while rest:
+                piece = source.read(min(rest, _PIECE))
+                assert piece, raw
+                put(piece)
+                rest -= len(piece)
+
+
+def ordered(tensors: Mapping[str, Facts]) -> list[str]:
+    """Return names in the order of their bytes in safetensors' own files: the widest dtype first, then by name."""
+    return sorted(tensors, key=lambda name: (-_ORDER.index(_letters(tensors[name][0])), name))
+
+
+def header(tensors: Mapping[str, Facts]) -> bytes:
+    """Return what a safetensors file of these tensors begins with: the length of its header, and its header."""
+    listed: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in ordered(tensors):
+        dtype, shape = tensors[name]
+        end = at + nbytes(tensors[name])
+        listed[name] = {"dtype": _letters(dtype), "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def nbytes(facts: Facts) -> int:
+    """Return the bytes of a tensor's data."""
+    return facts[0].itemsize * torch.Size(facts[1]).numel()
+
+
+def _letters(dtype: torch.dtype) -> str:
+    text = str(dtype).removeprefix("torch.")
+    return _NAMES.get(dtype) or _LETTERS[text.rstrip("0123456789")] + text.lstrip("abcdefghijklmnopqrstuvwxyz")
 
 
 def _name(folder: Path, files: list[tuple[Path, list[str]]], total: int) -> None:

@@ -113,9 +113,10 @@ def main(ctx: click.Context) -> None:
 
 
 for command in (
-    quantize.quantize, evaluate.evaluate, compare.compare, show.inspect, show.methods, show.formats_, sensitivity.sensitivity,
-    calibration_study.calibration_study, papers.papers, convert.convert, verify.verify, generate.generate, bench.bench,
-    report.report, distill.distill, qat.qat, qlora.qlora,
-):  # fmt: skip
-    command.context_settings = main.context_settings  # a command called without the group keeps the help option of that call
+    *(quantize.quantize, evaluate.evaluate, compare.compare, show.inspect, show.methods, show.formats_, report.report),
+    *(sensitivity.sensitivity, calibration_study.calibration_study, papers.papers, convert.convert, verify.verify),
+    *(generate.generate, bench.bench, distill.distill, qat.qat, qlora.qlora),
+):
+    # not left to the group: a command that is first called without it would keep the help option of that call
+    command.context_settings = main.context_settings
     main.add_command(command)

@@ -80,7 +80,7 @@ def _whole(plan: Plan, source: Source, done: Work, found: Output, tokens: int) -
             "of waiting batches": _parked(plan, done, tokens),
             "of solving": _solving(done, tokens),
         },
-        {"of the model": weights, "of codes": codes, "of the output": found.weights + plan.kept[1]},
+        {"of the model": weights, "of codes": codes, "of the output": found.held + plan.kept[1]},
     ]
 
 
@@ -102,7 +102,7 @@ def _streamed(
         {**common, "of reading": reading},
         {**common, "of solving": _solving(done, tokens)},
         {**common, "of packing": _PACKING * done.widest},
-        {"of the model": 4 * (done.outside + largest), "of the output": min(LIMIT, found.weights)},
+        {"of the model": 4 * (done.outside + largest), "of the output": found.held},
     ]
 
 
@@ -134,9 +134,10 @@ def _solving(done: Work, tokens: int) -> int:
 
 
 def disk(plan: Plan, done: Work, found: Output, tokens: int) -> int:
-    """Return the bytes that the journal takes: packed layers, and hidden states, old ones until new ones are safe."""
+    """Return the bytes that are taken for a while: of the journal (packed layers, and hidden states, old ones until new
+    ones are safe), and of tensors that wait for the header of their file."""
     twin = 2 if plan.needs & {"drift", "float_blocks"} else 1
-    return found.packed + 2 * twin * done.entry * tokens
+    return found.packed + 2 * twin * done.entry * tokens + min(LIMIT, found.weights)
 
 
 @dataclass(frozen=True)

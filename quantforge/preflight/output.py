@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge import exporters
+from quantforge import exporters, shards
 from quantforge.corrections.lorc import LoRC
 from quantforge.exporters.gguf import Gguf, blocks, metadata, vocabulary
 from quantforge.models import moe
@@ -25,10 +24,8 @@ from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import LowRank, Residual
 from quantforge.plan import LayerPlan, Plan
 from quantforge.protocols import FileExporter
-from quantforge.shards import LIMIT
+from quantforge.shards import LIMIT, Facts
 
-_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bfloat16: "BF16", torch.bool: "BOOL"}
-_LETTERS = {"float": "F", "int": "I", "uint": "U"}
 _ALIGNMENT = 32  # of GGUF
 _RECORD = 900  # bytes that quantforge.json has for a layer, about
 _CONFIGS = 8_000  # bytes of the other configs together, about
@@ -42,12 +39,14 @@ class Output:
     open     why `weights` is only the least that they can have; "" where it is exact
     beside   of configs, tokenizer and record, about
     packed   of the quantized layers alone, as quantforge's own container packs them
+    held     in memory at once while weights are written
     """
 
     weights: int
     open: str
     beside: int
     packed: int
+    held: int
 
     @property
     def total(self) -> int:
@@ -67,9 +66,9 @@ def size(plan: Plan, skeleton: nn.Module, tokenizer: Any = None, *, beside: int 
     beside += _CONFIGS + _RECORD * len(plan.layers)
     if isinstance(exporter, FileExporter):
         known = isinstance(exporter, Gguf)
-        found = _gguf(plan, others, tokenizer) if known else packed + sum(map(_bytes, others.values()))
-        return Output(found, "" if known else f"{plan.container} writes a file of its own", beside, packed)
-    tensors, factors = dict(others), dict[str, tuple[torch.dtype, tuple[int, ...]]]()
+        found = _gguf(plan, others, tokenizer) if known else packed + sum(map(shards.nbytes, others.values()))
+        return Output(found, "" if known else f"{plan.container} writes a file of its own", beside, packed, found)
+    tensors, factors = dict(others), dict[str, Facts]()
 
     @cache
     def kinds(key: tuple[Any, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -95,20 +94,13 @@ def size(plan: Plan, skeleton: nn.Module, tokenizer: Any = None, *, beside: int 
     total = safetensors(_in_file(kind, tensors)) + (safetensors(factors) if factors else 0)
     several = "several files have a header each, and an index" if total > LIMIT else ""
     parted = "experts that stay in float are taken apart" if plan.fused else ""
-    return Output(total, "; ".join(filter(None, (_open(plan), several, parted))), beside, packed)
+    opened = "; ".join(filter(None, (_open(plan), several, parted)))
+    return Output(total, opened, beside, packed, 2 * max(map(shards.nbytes, tensors.values()), default=0))
 
 
-def safetensors(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+def safetensors(tensors: Mapping[str, Facts]) -> int:
     """Return the bytes of a safetensors file with these tensors, its header counted."""
-    ordered = sorted(tensors.items(), key=lambda item: (-_rank(item[1][0]), item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, facts in ordered:
-        end = at + _bytes(facts)
-        header[name] = {"dtype": _letters(facts[0]), "shape": list(facts[1]), "data_offsets": [at, end]}
-        at = end
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + text + -text % 8 + at
+    return len(shards.header(tensors)) + sum(map(shards.nbytes, tensors.values()))
 
 
 def _open(plan: Plan) -> str:
@@ -125,9 +117,9 @@ def _open(plan: Plan) -> str:
     return ""
 
 
-def _others(plan: Plan, skeleton: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _others(plan: Plan, skeleton: nn.Module) -> dict[str, Facts]:
     """Return what stays as it is, by name: (dtype, shape); of what is tied only the first."""
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    found: dict[str, Facts] = {}
     seen: set[int] = set()
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
@@ -198,26 +190,11 @@ def _scale(x: QTensor) -> torch.dtype:
     return x.format.scale
 
 
-def _facts(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+def _facts(tensor: Tensor) -> Facts:
     return tensor.dtype, tuple(tensor.shape)
 
 
-def _bytes(facts: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    return facts[0].itemsize * torch.Size(facts[1]).numel()
-
-
-def _letters(dtype: torch.dtype) -> str:
-    text = str(dtype).removeprefix("torch.")
-    return _NAMES.get(dtype) or _LETTERS[text.rstrip("0123456789")] + text.lstrip("abcdefghijklmnopqrstuvwxyz")
-
-
-def _rank(dtype: torch.dtype) -> int:
-    order = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"]
-    name = _letters(dtype)
-    return order.index(name) if name in order else len(order)
-
-
-def _gguf(plan: Plan, others: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tokenizer: Any) -> int:
+def _gguf(plan: Plan, others: Mapping[str, Facts], tokenizer: Any) -> int:
     """Return the bytes of a GGUF file: header, metadata, an entry a tensor, and the tensors, each padded."""
     import gguf
 

@@ -20,6 +20,7 @@ POINTS = {
     "staging.aside": "an old output is moved away, where names cannot be swapped",
     "staging.parent": "the folder of the output is synced",
     "stream.write": "a piece is written to a file that is written piece by piece",
+    "raw.remove": "the tensors of a file, as they came, are removed once the file stands",
     "file.write": "a small file is written under a name of its own",
     "file.sync": "that file is synced",
     "file.rename": "that file takes its name",
