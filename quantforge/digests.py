@@ -30,30 +30,15 @@ from quantforge.models.headers import TensorInfo, file_size, read_header
 from quantforge.numerics.problem import QWeight
 from quantforge.numerics.residuals import LowRank
 from quantforge.store import MARK
+from quantforge.store.layout import letters
 
 KEYS = ("layers", "tensors", "files", "record")
 _PIECE = 2**22
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.bool: "BOOL",
-}
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """Return the digest of a tensor's dtype, shape and bytes, as `stored_digest` finds it in the file."""
-    found = sha256(_head(_NAMES[tensor.dtype], tensor.shape))
+    found = sha256(_head(letters(tensor.dtype), tensor.shape))
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if len(flat):  # numpy knows not every dtype, but bytes
         found.update(flat.view(torch.uint8).numpy().data)

@@ -13,18 +13,11 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from quantforge.store import disk, stream, write_text
+from quantforge.store.layout import Facts, header, nbytes, ordered
 
 LIMIT = 10**9  # bytes of one file, which one tensor may exceed
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-Facts = tuple[torch.dtype, tuple[int, ...]]
-
 _PIECE = 1 << 22  # bytes that are copied at a time
-_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bfloat16: "BF16", torch.bool: "BOOL"}
-_LETTERS = {"float": "F", "int": "I", "uint": "U"}
-_ORDER = (
-    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"),
-    *("C64", "F64", "I64", "U64"),
-)
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, limit: int | None = None) -> None:
@@ -78,35 +71,6 @@ def _arrange(path: Path, raw: Path, held: Mapping[str, Facts]) -> None:
                 assert piece, raw
                 put(piece)
                 rest -= len(piece)
-
-
-def ordered(tensors: Mapping[str, Facts]) -> list[str]:
-    """Return names in the order of their bytes in safetensors' own files: the widest dtype first, then by name."""
-    return sorted(tensors, key=lambda name: (-_ORDER.index(_letters(tensors[name][0])), name))
-
-
-def header(tensors: Mapping[str, Facts]) -> bytes:
-    """Return what a safetensors file of these tensors begins with: the length of its header, and its header."""
-    listed: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in ordered(tensors):
-        dtype, shape = tensors[name]
-        end = at + nbytes(tensors[name])
-        listed[name] = {"dtype": _letters(dtype), "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def nbytes(facts: Facts) -> int:
-    """Return the bytes of a tensor's data."""
-    return facts[0].itemsize * torch.Size(facts[1]).numel()
-
-
-def _letters(dtype: torch.dtype) -> str:
-    text = str(dtype).removeprefix("torch.")
-    return _NAMES.get(dtype) or _LETTERS[text.rstrip("0123456789")] + text.lstrip("abcdefghijklmnopqrstuvwxyz")
 
 
 def _name(folder: Path, files: list[tuple[Path, list[str]]], total: int) -> None:

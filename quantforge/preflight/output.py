@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge import exporters, shards
+from quantforge import exporters
 from quantforge.corrections.lorc import LoRC
 from quantforge.exporters.gguf import Gguf, blocks, metadata, vocabulary
 from quantforge.models import moe
@@ -24,7 +24,9 @@ from quantforge.numerics.ranges import Range
 from quantforge.numerics.residuals import LowRank, Residual
 from quantforge.plan import LayerPlan, Plan
 from quantforge.protocols import FileExporter
-from quantforge.shards import LIMIT, Facts
+from quantforge.shards import LIMIT
+from quantforge.store import layout
+from quantforge.store.layout import Facts
 
 _ALIGNMENT = 32  # of GGUF
 _RECORD = 900  # bytes that quantforge.json has for a layer, about
@@ -66,7 +68,7 @@ def size(plan: Plan, skeleton: nn.Module, tokenizer: Any = None, *, beside: int 
     beside += _CONFIGS + _RECORD * len(plan.layers)
     if isinstance(exporter, FileExporter):
         known = isinstance(exporter, Gguf)
-        found = _gguf(plan, others, tokenizer) if known else packed + sum(map(shards.nbytes, others.values()))
+        found = _gguf(plan, others, tokenizer) if known else packed + sum(map(layout.nbytes, others.values()))
         return Output(found, "" if known else f"{plan.container} writes a file of its own", beside, packed, found)
     tensors, factors = dict(others), dict[str, Facts]()
 
@@ -95,12 +97,12 @@ def size(plan: Plan, skeleton: nn.Module, tokenizer: Any = None, *, beside: int 
     several = "several files have a header each, and an index" if total > LIMIT else ""
     parted = "experts that stay in float are taken apart" if plan.fused else ""
     opened = "; ".join(filter(None, (_open(plan), several, parted)))
-    return Output(total, opened, beside, packed, 2 * max(map(shards.nbytes, tensors.values()), default=0))
+    return Output(total, opened, beside, packed, 2 * max(map(layout.nbytes, tensors.values()), default=0))
 
 
 def safetensors(tensors: Mapping[str, Facts]) -> int:
     """Return the bytes of a safetensors file with these tensors, its header counted."""
-    return len(shards.header(tensors)) + sum(map(shards.nbytes, tensors.values()))
+    return len(layout.header(tensors)) + sum(map(layout.nbytes, tensors.values()))
 
 
 def _open(plan: Plan) -> str:
