@@ -33,9 +33,9 @@ class Run:
     def check_stop(self) -> None:
         """Commit what is done and raise Stopped, if the process was asked to stop and can be gone on with."""
         if self.record.journal is not None and stopping.asked():
-            self.record.commit()
+            kept = "what is done is kept" if self.record.commit() else "what was committed before this block is kept"
             how = f"go on with: {self.command}" if self.command else "the same call goes on from here."
-            raise Stopped(620, f"stopped, and what is done is kept; {how}")
+            raise Stopped(620, f"stopped, and {kept}; {how}")
 
 
 def by_block(blocks: Blocks, stages: Sequence[Stage], first: int = 0) -> list[Stage]:

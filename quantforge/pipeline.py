@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantforge import stopping
-from quantforge.calibrate.stats import Statistics
+from quantforge.calibrate.stats import Statistics, positions
 from quantforge.course import Course, Run, body, by_block, number
 from quantforge.errors import PlanError
 from quantforge.models import activations, arch, moe
@@ -128,7 +128,7 @@ class _Work:
             twin = Course(beside, batches, self.stages(beside.blocks), place.float_hidden, place.outputs)
         run.blocks.prepare(self.retune)
         run.blocks.prepare(self.restore)
-        found = _Gathered(collected, len(batches), calls=bool(plan.recipe.tuners))
+        found = _Gathered(collected, batches, calls=bool(plan.recipe.tuners))
         ahead = repeat(0) if twin is None else _float_walk(twin, plan, found)
         next(ahead, None)
         for index in course.walk(found.observe):
@@ -224,10 +224,10 @@ class _Work:
         self.run.check_stop()
 
 
-def _told(layer: Layer, *facts: dict[str, float]) -> Layer:
-    """Return `layer` with more facts in its notes."""
-    notes = dict(layer.weight.notes)
-    for more in facts:
+def _told(layer: Layer, *facts: dict[str, Any]) -> Layer:
+    """Return `layer` with more facts in its notes; of tokens that were left out, its own solve's stand."""
+    notes: dict[str, Any] = {}
+    for more in (*facts, layer.weight.notes):
         notes |= more
     return replace(layer, weight=replace(layer.weight, notes=notes))
 
@@ -288,35 +288,22 @@ def _collected(plan: Plan) -> frozenset[str]:
 class _Gathered:
     """What a walk has collected for the stages that wait to be solved."""
 
-    def __init__(self, needs: frozenset[str], batches: int, *, calls: bool) -> None:
-        self.needs, self.keeps_calls = needs, calls
-        self.held = frozenset(range(HELD - 1, batches, HELD)) or frozenset(range(1, batches)[-1:])
+    def __init__(self, needs: frozenset[str], batches: Sequence[Tensor], *, calls: bool) -> None:
+        self.needs, self.batches, self.keeps_calls = needs, batches, calls
+        count = len(batches)
+        self.held = frozenset(range(HELD - 1, count, HELD)) or frozenset(range(1, count)[-1:])
         self.statistics: dict[int, Statistics] = {}
         self.calls: dict[int, list[Call]] = {}
         self.float_inputs: dict[tuple[int, int], Tensor] = {}
         self.float_calls: dict[int, list[Call]] = {}
-        self.shapes: dict[int, tuple[int, int]] = {}  # windows and their length, of each batch
 
     def observe(self, index: int, batch: int, x: Tensor | Call) -> None:
         """Add the input of a stage, or keep the call of a block."""
         if not isinstance(x, Tensor):
-            given = (t for t in (*x[0], *x[1].values()) if isinstance(t, Tensor) and t.dim() == 3)
-            if (hidden := next(given, None)) is not None:
-                self.shapes[batch] = (hidden.shape[0], hidden.shape[1])
             if self.keeps_calls:
                 self.calls.setdefault(index, []).append(x)
             return
         if index not in self.statistics:
             self.statistics[index] = Statistics(self.needs, x.shape[-1], x.device, self.held)
-        place = partial(self._place, batch, x.shape[:-1].numel())
-        self.statistics[index].add(batch, x, self.float_inputs.pop((index, batch), None), place)
-
-    def _place(self, batch: int, tokens: int, token: int) -> str:
-        """Name the window that a token of a batch belongs to; the batch's windows if only some of its tokens came."""
-        if any(earlier not in self.shapes for earlier in range(batch + 1)):
-            return f"batch {batch}"
-        first = sum(self.shapes[earlier][0] for earlier in range(batch))
-        windows, length = self.shapes[batch]
-        if tokens == windows * length:
-            return f"window {first + token // length}"
-        return f"window {first}" if windows == 1 else f"windows {first} to {first + windows - 1}"
+        where = positions(self.batches, batch, x.shape[:-1].numel())
+        self.statistics[index].add(batch, x, self.float_inputs.pop((index, batch), None), where)

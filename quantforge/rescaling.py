@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantforge.calibrate.stats import Statistics
+from quantforge.calibrate.stats import Statistics, positions
 from quantforge.course import Course, Run, by_block, number
 from quantforge.models import arch, fold
 from quantforge.models.walk import Call, Stage
@@ -19,7 +20,7 @@ from quantforge.plan import Plan
 from quantforge.protocols import Transform
 from quantforge.resume import Chosen, Place
 
-Facts = dict[str, dict[str, float]]
+Facts = dict[str, dict[str, Any]]  # notes of layers, by name
 
 
 def rescale(run: Run, phase: int, plan: Plan, transform: Transform, batches: Sequence[Tensor]) -> Facts:
@@ -27,8 +28,8 @@ def rescale(run: Run, phase: int, plan: Plan, transform: Transform, batches: Seq
 
     phase  which of the plan's transforms it is: what a run that was broken off has chosen is not chosen again
 
-    Returns, by layer, what the widest channel of its input was and became, where extremes were collected. They are
-    known as soon as the layer's block is in memory.
+    Returns, by layer, which tokens were left out, and what the widest channel of its input was and became, where
+    extremes were collected. They are known as soon as the layer's block is in memory.
     """
     model = run.blocks.model
     folds = [f for f in fold.find(model) if any(name in plan.layers for name in f.consumers)]
@@ -63,7 +64,7 @@ def _choose(
             return
         if index not in gathered:
             gathered[index] = Statistics(frozenset(transform.needs), x.shape[-1], x.device)
-        gathered[index].add(batch, x)
+        gathered[index].add(batch, x, where=positions(batches, batch, x.shape[:-1].numel()))
 
     for index in course.walk(observe):
         if course.stages[index].block:
@@ -94,7 +95,7 @@ def _scales(
     problem = Problem(" + ".join(names), weight, fmt, inputs=plan.layers[names[0]].inputs, **fields)
     low, high = problem.extremes or (None, None)
     widths = None if low is None or high is None else torch.maximum(low.abs(), high.abs())
-    return Chosen(index, transform.scales(problem, group.tie), widths)
+    return Chosen(index, transform.scales(problem, group.tie), widths, found.facts())
 
 
 def _apply(
@@ -104,10 +105,11 @@ def _apply(
     groups = inside.get(index, [])
     for group, chosen in groups:
         applied = group.apply(model, chosen.scales, plan.dtype)
+        notes = dict(chosen.notes)
         if chosen.widths is not None:
-            widest = chosen.widths
-            ends = {"widest_input": float(widest.max()), "smoothed_to": float((widest / applied).max())}
-            facts |= dict.fromkeys(group.consumers, ends)
+            notes["widest_input"] = float(chosen.widths.max())
+            notes["smoothed_to"] = float((chosen.widths / applied).max())
+        facts |= dict.fromkeys(group.consumers, notes)
     touched = {name for group, _ in groups for name in (*group.consumers, *group.extra, group.producer.name)}
     for name in touched - set(plan.layers):  # what stays in float is computed with as it will be saved
         module = model.get_submodule(name)

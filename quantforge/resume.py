@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,11 +29,13 @@ class Chosen:
     group   its place in the order of `fold.find`
     scales  [in]
     widths  [in], the largest |x| of each channel before; None if it was not looked at
+    notes   on tokens that could not be looked at
     """
 
     group: int
     scales: Tensor
     widths: Tensor | None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -150,14 +152,14 @@ class Record:
         """Tell whether it is time for a commit."""
         return self.journal is not None and self.journal.due()
 
-    def commit(self) -> None:
-        """Make all that was taken, and the place, outlast this process.
+    def commit(self) -> bool:
+        """Make all that was taken, and the place, outlast this process; tell whether that was possible.
 
         Nothing is done in the middle of a block that writes into its own hidden states: the last commit then stands.
         """
         place = self.place
         if self.journal is None or any(isinstance(h, Held) and h.changed for h in (place.hidden, place.float_hidden)):
-            return
+            return False
         self._put(self._unwritten)
         self._unwritten = []
         hidden = {
@@ -180,6 +182,7 @@ class Record:
         self.journal.commit(facts)
         self._committed = hidden
         self._rows, self._new_tuned, self._new_chosen = [], [], []
+        return True
 
     def _names(self, hidden: Sequence[Tensor]) -> list[str]:
         return hidden.names if isinstance(hidden, Objects) else [self.keep(h) for h in hidden]
@@ -216,7 +219,11 @@ class Record:
             tensors[f"{i}.scales"] = chosen.scales
             if chosen.widths is not None:
                 tensors[f"{i}.widths"] = chosen.widths
-        return [self.journal.put(tensors, {"groups": [[phase, chosen.group] for phase, chosen in self._new_chosen]})]
+        return [
+            self.journal.put(
+                tensors, {"groups": [[phase, chosen.group, dict(chosen.notes)] for phase, chosen in self._new_chosen]}
+            )
+        ]
 
     def _restore(self, facts: Mapping[str, Any]) -> None:
         """Take over one commit, those before it being taken over."""
@@ -231,8 +238,8 @@ class Record:
         for name in facts["chosen_object"]:
             tensors, about = self.journal.get(name)
             tensors = {key: value.to(self.device, copy=True) for key, value in tensors.items()}
-            for i, (phase, group) in enumerate(about["groups"]):
-                chosen = Chosen(group, tensors[f"{i}.scales"], tensors.get(f"{i}.widths"))
+            for i, (phase, group, notes) in enumerate(about["groups"]):
+                chosen = Chosen(group, tensors[f"{i}.scales"], tensors.get(f"{i}.widths"), notes)
                 self.chosen.setdefault(phase, []).append(chosen)
         for name in facts["tuned_objects"]:
             self.tuned |= {k: v.to(self.device, copy=True) for k, v in self.journal.get(name)[0].items()}

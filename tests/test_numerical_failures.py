@@ -470,3 +470,28 @@ def test_what_a_method_keeps_in_float_by_design_is_no_fallback(method):
     options = {"settings": {"inputs.threshold": 0.5}} if method == "llm-int8" else {}
     result = quantforge.quantize(small(), method, calibration=tokens(), strict=True, **options)
     assert ("stay in float, as the method has it" in result.summary()) == (method == "llm-int8")
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_tokens_that_the_search_for_scales_left_out_are_named_where_no_layer_is_solved_by_them(method):
+    """AWQ and SmoothQuant over plain rounding look at tokens only while scales are searched."""
+    model, ids = spoilt(tokens())
+    result = quantforge.quantize(model, method, calibration=ids)
+    told = [line for line in result.fallbacks() if "NaN or infinite, first in window 5" in line]
+    assert {line.partition(":")[0] for line in told} >= {QUERY, UP}
+
+
+@pytest.mark.parametrize(("method", "settings"), [("lwc", {}), ("zeroquant", {"tuner.steps": 8, "tuner.windows": 1})])
+def test_a_window_that_is_not_finite_does_not_switch_training_off(method, settings, monkeypatch):
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", LENGTH)
+    many = {"bits": 2, "group_size": 32} if method == "lwc" else {}
+    found = {}
+    for on in (True, False):
+        model, ids = spoilt(tokens(16))
+        options = {**settings, **({} if on else {"tuner.rate": 1e-12})}
+        found[on] = quantforge.quantize(model, method, calibration=ids, settings=options, **many)
+    changed = [
+        not torch.equal(a.weight.base.dequantize(), b.weight.base.dequantize())
+        for a, b in zip(found[True].layers, found[False].layers, strict=True)
+    ]
+    assert sum(changed) > len(changed) / 2

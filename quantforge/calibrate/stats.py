@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from quantforge.numerics.products import linear
 _TILES = 8
 SAMPLED = 16  # tokens that are kept of each batch, where samples are wanted
 
-Place = Callable[[int], str]  # tells where a token stands, by its number in the batch: "window 3"
+Place = Callable[[int], str]  # tells where a token stands, by its number among those of its batch: "window 3"
 
 
 class Hessian:
@@ -100,6 +100,18 @@ class Extremes:
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
 
+def positions(batches: Sequence[Tensor], batch: int, tokens: int) -> Place:
+    """Return what tells where tokens of a batch stand, `tokens` of which came to a layer.
+
+    batches  token ids [windows, seq_len] of each
+    """
+    first = sum(len(ids) for ids in batches[:batch])
+    windows, length = batches[batch].shape
+    if tokens == windows * length:
+        return lambda token: f"window {first + token // length}"
+    return lambda token: f"window {first}" if windows == 1 else f"windows {first} to {first + windows - 1}"
+
+
 class Statistics:
     """All that is collected about one stage's input, batch by batch; tokens whose input is not finite are left out.
 
@@ -124,18 +136,18 @@ class Statistics:
             self.held_hessian = Hessian(width, device)
             self.cross, self.held_cross = Cross(width, device), Cross(width, device)
 
-    def add(self, batch: int, x: Tensor, float_x: Tensor | None = None, place: Place | None = None) -> None:
+    def add(self, batch: int, x: Tensor, float_x: Tensor | None = None, where: Place | None = None) -> None:
         """Add the tokens of `x` [..., in] of one batch.
 
         float_x  what the float model has there, of the same shape
-        place    where the tokens of the batch stand; None: only the batch is known
+        where    the tokens of the batch stand; None: only the batch is known
         """
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         usable = None if bool(flat.sum().isfinite()) else flat.isfinite().all(1)  # a sum is bad if any term is
         if usable is not None and not bool(usable.all()):
             if not self.skipped:
                 token = int((~usable).nonzero()[0])
-                self.first = place(token) if place else f"batch {batch}"
+                self.first = where(token) if where else f"batch {batch}"
             self.skipped += int((~usable).sum())
             flat = flat[usable]
             float_x = None if float_x is None else float_x.reshape(-1, x.shape[-1])[usable]

@@ -113,6 +113,11 @@ def hidden_of(call: Call) -> Tensor:
     return hidden
 
 
+def finite(call: Call, output: Tensor) -> bool:
+    """Tell whether the hidden states with which a block is called, and what it makes of them, are finite."""
+    return all(bool(x.isfinite().all()) for x in (hidden_of(call), output))
+
+
 def _with_hidden(call: Call, hidden: Tensor) -> Call:
     args, kwargs = call
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, _first(kwargs): hidden})

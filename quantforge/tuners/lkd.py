@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantforge.models import activations, arch
-from quantforge.models.walk import Call, output_of
+from quantforge.models.walk import Call, finite, output_of
 from quantforge.numerics.blocks import spread
 from quantforge.numerics.formats import Format
 from quantforge.numerics.inputs import QInput, Scheme
@@ -68,6 +68,7 @@ class LKD:
         with torch.no_grad():
             targets = [output_of(block, {}, call) for call in float_calls]
         pairs = [pair for call, target in zip(inputs, targets, strict=True) for pair in self._cut(call, target)]
+        pairs = [pair for pair in pairs if finite(*pair)]  # one NaN would be all of the error
         modules = {name: block.get_submodule(name) for name in schemes}
         weights = {name: arch.get_weight(module).clone().requires_grad_() for name, module in modules.items()}
         most = max(self.windows // pairs[0][1].shape[0], 1) if pairs else 1  # a batch may have fewer than a step takes

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantforge.models import arch
-from quantforge.models.walk import Call, output_of
+from quantforge.models.walk import Call, finite, output_of
 from quantforge.numerics import ranges
 from quantforge.numerics.blocks import Flat, spread, tiles
 from quantforge.numerics.formats import Format
@@ -73,7 +73,9 @@ class LWC:
             for name, scheme, module in ((n, s, block.get_submodule(n)) for n, s in schemes.items())
         ]
         with torch.no_grad():
-            targets = [output_of(block, {}, call) for call in used]
+            pairs = [(call, output_of(block, {}, call)) for call in used]
+            pairs = [pair for pair in pairs if finite(*pair)]  # one NaN would be all of the error
+            used, targets = [call for call, _ in pairs], [target for _, target in pairs]
             plain = self._error(block, layers, used, targets, trained=False)
         if not plain > 0:
             return {layer.name: layer.range(trained=False) for layer in layers}
