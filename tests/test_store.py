@@ -140,6 +140,26 @@ def test_where_names_cannot_be_exchanged_the_old_folder_is_still_replaced(old, m
     assert os.listdir(old.parent) == ["out"]
 
 
+@pytest.mark.parametrize("moment", ["staging.rename:1:kill", "staging.parent:1:kill"])
+def test_an_old_folder_that_was_moved_away_when_the_power_went_gets_its_name_back(old, monkeypatch, moment):
+    monkeypatch.setattr(disk.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
+    monkeypatch.setenv("QUANTFORGE_FAILPOINT", moment)
+    child = os.fork()
+    if not child:
+        store.failpoints.reset()
+        save(old, overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    monkeypatch.delenv("QUANTFORGE_FAILPOINT")
+    assert old.exists() == (moment != "staging.rename:1:kill")
+    with pytest.raises(PlanError, match="exists"):  # and so nothing is replaced that nobody wants replaced
+        store.check_target(old, overwrite=False)
+    assert contents(old) == (whole("old") if moment == "staging.rename:1:kill" else whole("new"))
+    save(old, overwrite=True)
+    assert contents(old) == whole("new")
+    assert os.listdir(old.parent) == ["out"]
+
+
 def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(disk, "sync", lambda point, path: done.append(path.name))

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from quantforge import __version__, stopping
+from quantforge import __version__
 from quantforge.cli import (
     bench,
     calibration_study,
@@ -105,11 +105,8 @@ def _fail(ctx: click.Context, error: QuantForgeError) -> None:
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="quantforge")
-@click.pass_context
-def main(ctx: click.Context) -> None:
+def main() -> None:
     """Quantize language models, and see what it cost."""
-    if ctx.invoked_subcommand == "quantize":  # what can be gone on with comes to a good end first
-        ctx.with_resource(stopping.watching())
 
 
 for command in (

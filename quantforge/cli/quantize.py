@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from quantforge import stopping
 from quantforge.calibrate.text_files import Reading
 from quantforge.cli.options import (
     calibration,
@@ -125,32 +126,33 @@ def quantize(
         raise RecipeError(213, "--out DIR is missing: where should the checkpoint go? (--dry-run needs none)")
     import quantforge
 
-    result = quantforge.quantize(
-        model,
-        method,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        weights=weights,
-        inputs=inputs,
-        calibration=calib,
-        samples=samples,
-        seq_len=seq_len,
-        shuffle=shuffle,
-        seed=seed,
-        device=device,
-        settings=changed,
-        overrides=parse_overrides(overrides),
-        out=out,
-        overwrite=overwrite,
-        format=format,
-        reading=reading,
-        strict=strict,
-        trust_remote_code=trust_remote_code,
-        max_memory=budget,
-        restart=restart,
-        command=shlex.join(["quantforge", *(part for part in sys.argv[1:] if part != "--restart")]),
-    )
+    with stopping.watching():  # what can be gone on with comes to a good end first
+        result = quantforge.quantize(
+            model,
+            method,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            weights=weights,
+            inputs=inputs,
+            calibration=calib,
+            samples=samples,
+            seq_len=seq_len,
+            shuffle=shuffle,
+            seed=seed,
+            device=device,
+            settings=changed,
+            overrides=parse_overrides(overrides),
+            out=out,
+            overwrite=overwrite,
+            format=format,
+            reading=reading,
+            strict=strict,
+            trust_remote_code=trust_remote_code,
+            max_memory=budget,
+            restart=restart,
+            command=shlex.join(["quantforge", *(part for part in sys.argv[1:] if part != "--restart")]),
+        )
     where = shlex.quote(str(out))
     print_result(json.dumps(result.record()) if as_json else f"{result.summary()}\nnext: quantforge evaluate {where}")
 

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ def check_target(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
     if len(os.fsencode(out.name)) > longest:
         raise PlanError(265, f"the last part of --out is longer than the {longest} bytes that a file name may have.")
     place = _place(out)
+    put_back(out)
     if os.path.lexists(place):
         if not overwrite:
             raise PlanError(262, f"--out {out} exists; choose another folder, or give --overwrite to replace it.")
@@ -132,6 +134,7 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     with _told(out):
         out = _place(out)
         out.parent.mkdir(parents=True, exist_ok=True)
+        put_back(out)
         sweep(out.parent)
         staging, held = _make_staging(out.parent)
     try:
@@ -267,8 +270,11 @@ def _settle(folder: Path) -> None:
 
 
 def _replace(staging: Path, out: Path) -> None:
-    """Give `staging` the name `out` in two steps, where names cannot be swapped; if that fails, undo it."""
-    aside = staging.with_suffix(".old")
+    """Give `staging` the name `out` in two steps, where names cannot be swapped; if that fails, undo it.
+
+    Ended between the two, `put_back` undoes it.
+    """
+    aside = _aside(out)
     disk.rename("staging.aside", out, aside)
     try:
         disk.rename("staging.rename", staging, out)
@@ -276,6 +282,24 @@ def _replace(staging: Path, out: Path) -> None:
         os.rename(aside, out)
         raise
     disk.remove_folder(aside)
+
+
+def put_back(out: Path) -> None:
+    """Give an output that was moved away, by a process that ended before it could replace it, its name again."""
+    out = _place(out)
+    aside = _aside(out)
+    if not aside.is_dir() or aside.is_symlink():
+        return
+    if os.path.lexists(out):  # the new one is there
+        disk.remove_folder(aside)
+    else:
+        with _told(out):
+            disk.rename("staging.aside", aside, out)
+
+
+def _aside(out: Path) -> Path:
+    """Return where `out` lies while another takes its name; its own name may be as long as a name can be."""
+    return out.with_name(f"{_STAGING[0]}{sha256(os.fsencode(out.name)).hexdigest()[:16]}.old")
 
 
 def _umask() -> int:

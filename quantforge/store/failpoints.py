@@ -17,7 +17,7 @@ POINTS = {
     "staging.sync": "a file or folder of the staging folder is synced",
     "staging.rename": "the staging folder takes the name of the output",
     "staging.exchange": "the staging folder and an old output swap their names",
-    "staging.aside": "an old output is moved away, where names cannot be swapped",
+    "staging.aside": "an old output is moved away, or back, where names cannot be swapped",
     "staging.parent": "the folder of the output is synced",
     "stream.write": "a piece is written to a file that is written piece by piece",
     "raw.remove": "the tensors of a file, as they came, are removed once the file stands",
