@@ -98,7 +98,7 @@ def quantize(
     device       "cpu" or "cuda"
     settings     {"solver.damp_percent": 0.05}
     overrides    {"*.down_proj": {"bits": 8}, "layers.0.*": {"skip": True}}: layers by pattern, the last match wins
-    tokenizer    for a model in memory that is to be calibrated on text
+    tokenizer    for a model in memory that is to be calibrated on text; of a folder, in place of its own
     reading      how text files are read: their encoding, and what is done where one is damaged
     format       the checkpoint's: "compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf", "native"; what it
                  demands of a method's own format is done before solving. None: the first that holds the method's
@@ -128,7 +128,7 @@ def quantize(
     draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed, reading=reading)
     finished = target is not None and not restart and journaling.finished(target)  # and only the journal is left
     replaces = overwrite or finished
-    ids, provenance, strategy = None, dict[str, Any](), Strategy()
+    ids, provenance, strategy, given = None, dict[str, Any](), Strategy(), tokenizer
     source: loading.Source | nn.Module
     if isinstance(model, nn.Module):
         plan = _plan_of(model, chosen, target, tokenizer, overwrite=replaces, format=format)
@@ -150,7 +150,7 @@ def quantize(
         writer = writer_of(source, device, whole=not strategy.stream)
     if plan.needs:
         ids, provenance = draw(tokenizer=tokenizer, config=config, seq_len=seq_len, count=samples, writer=writer)
-    facts = runs.made_of(source, plan, ids, provenance, tokenizer, device) if target is not None else {}
+    facts = runs.made_of(source, plan, ids, provenance, given, device) if target is not None else {}
     with runs.opened(target, facts, restart=restart) as journal:
         finished = finished and journal is not None and bool(journal.commits)
         blocks = _blocks(source, writer, strategy, device)

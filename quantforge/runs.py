@@ -33,15 +33,18 @@ def made_of(
 ) -> dict[str, str]:
     """Return all that the bytes of a checkpoint depend on; contents as SHA-256.
 
-    model  a source, of whose files the digest is taken, or a model in memory
+    model      a source, of whose files the digest is taken, or a model in memory
+    tokenizer  what was given beside it; None: a source's own
     """
     if isinstance(model, Source):
-        weights, config, others = model.digest(), model.config, _others(model)
+        weights, config = model.digest(), model.config
     else:
         state = model.state_dict().items()
         weights = sha256("".join(f"{k}{tensor_digest(v)}" for k, v in state).encode()).hexdigest()
         config = model.config
-        others = "" if tokenizer is None else sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    others = _others(model) if isinstance(model, Source) else ""
+    if tokenizer is not None:
+        others = sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     return {
         "model": weights,
         "config": _digest(config),

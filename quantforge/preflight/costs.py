@@ -169,6 +169,8 @@ def seconds(
     total = count * one + sum(stages)
     weights = source.dtype.itemsize * done.parameters
     files = weights / _READ + weights / _HASHED + 12 * done.parameters / machine.bandwidth
+    if strategy.stream:  # all is looked at before anything is computed
+        files += weights / _READ
     # what was written is read again, and held against the numbers in memory
     files += found.total / _WRITTEN + (3 * found.total + 8 * done.parameters) / _HASHED
     files += 24 * done.parameters / machine.bandwidth
