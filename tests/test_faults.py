@@ -28,6 +28,7 @@ from quantforge import api, cli, recipe
 from quantforge.errors import ModelError
 from quantforge.models import check, tiny
 from quantforge.models import load as loading
+from quantforge.solving import solve as pipeline_solve
 
 TESTS = Path(__file__).parent
 TINY = TESTS / "data" / "tiny-llama"
@@ -399,3 +400,98 @@ def test_69_and_71_what_a_device_lacks_is_a_line_and_nothing_is_lost(
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert quantize(TINY, text, tmp_path / "whole").exit_code == 0
     assert contents(out)["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
+
+
+def _weights(model: Path, dtype: torch.dtype | None = None) -> None:
+    """Change one weight of a model, or round all of them."""
+    file = model / "model.safetensors"
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in load_file(file).items()}
+    tensors[LAYER][0, 0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    if dtype is not None:
+        _in_json(model / "config.json", dtype=str(dtype).removeprefix("torch."))
+
+
+def _in_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+CHANGED: dict[str, tuple[str, Callable[[Path, Path], object], tuple[object, ...]]] = {
+    "weights": ("model was", lambda model, text: _weights(model), ()),
+    "config": ("config was", lambda model, text: _in_json(model / "config.json", rms_norm_eps=1e-4), ()),
+    "dtype": ("dtype was 'bfloat16', is 'float16'", lambda model, text: _weights(model, torch.float16), ()),
+    "tokenizer": (
+        "tokenizer was",
+        lambda model, text: _in_json(model / "tokenizer_config.json", model_max_length=99),
+        (),
+    ),
+    "text": ("token ids was", lambda model, text: text.write_text("Other words. " * 80, encoding="utf-8"), ()),
+    "seed": ("calibration seed was '0', is '1'", lambda model, text: None, ("--seed", 1)),
+    "shuffle": ("calibration shuffle was 'False', is 'True'", lambda model, text: None, ("--shuffle",)),
+    "samples": ("calibration count was '2', is '1'", lambda model, text: None, ("--samples", 1)),
+    "bits": ("recipe was", lambda model, text: None, ("--bits", 3)),
+    "damping": ("recipe was", lambda model, text: None, ("--set", "solver.damp_percent=0.05")),
+    "format": ("format was '', is 'gptq'", lambda model, text: None, ("--format", "gptq")),
+    "method": ("method was 'gptq', is 'gptaq'", lambda model, text: None, ("-m", "gptaq")),
+    "quantforge": ("quantforge was", lambda model, text: None, ()),
+    "torch": ("torch was", lambda model, text: None, ()),
+    "transformers": ("transformers was", lambda model, text: None, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory) -> Path:
+    """Return a folder with a model, a text, what a run makes of them (whole), and a run that broke off (out.qf)."""
+    place = tmp_path_factory.mktemp("unfinished")
+    shutil.copytree(TINY, place / "model")
+    (place / "text.txt").write_text("Statements are comprised within a single line. " * 10, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTFORGE_COMMIT_SECONDS", "0")
+        assert _begin(place, "whole").exit_code == 0
+        patch.setattr("quantforge.pipeline.solve", functools.partial(_broken, [6]))
+        assert _begin(place, "out").exit_code == 70
+    return place
+
+
+def _begin(place: Path, out: str, *more: object) -> Result:
+    return quantize(place / "model", place / "text.txt", place / out, *(more or ("-m", "gptq")), "--symmetric")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "LOCK")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_67_each_input_that_changed_is_named_and_nothing_is_done(unfinished, monkeypatch, changed):
+    named, change, more = CHANGED[changed]
+    before = _contents(unfinished)
+    change(unfinished / "model", unfinished / "text.txt")
+    if changed == "quantforge":
+        monkeypatch.setattr("quantforge.runs.__version__", "9")
+    elif changed in ("torch", "transformers"):
+        monkeypatch.setattr(f"quantforge.runs.{changed}.__version__", "9")
+    refused = _begin(unfinished, "out", *(("-m", "gptq", *more) if "-m" not in more else more))
+    for name in ("text.txt", *(name for name in before if name.startswith("model/"))):
+        (unfinished / name).write_bytes(before[name])
+    assert refused.exit_code == 6, refused.stderr
+    assert f"QF-600]: the unfinished run of {unfinished / 'out'} had other inputs: " in refused.stderr
+    assert named in refused.stderr
+    assert refused.stderr.rstrip().endswith("give --restart to throw it away, or what it began with to go on.")
+    assert _contents(unfinished) == before
+
+
+def test_67_with_its_own_inputs_the_run_goes_on_to_the_same_files(unfinished, tmp_path):
+    kept = shutil.copytree(unfinished / "out.qf", tmp_path / "kept")
+    assert _begin(unfinished, "out").exit_code == 0
+    assert _contents(unfinished / "out") == _contents(unfinished / "whole")
+    shutil.rmtree(unfinished / "out")
+    shutil.copytree(kept, unfinished / "out.qf")
+
+
+def _broken(left: list[int], *args: Any, **more: Any) -> Any:
+    """Solve stages until so many are done, and then fail."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise KeyError("broken off")
+    return pipeline_solve(*args, **more)

@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,6 +71,20 @@ def measure(name: str, folder: Path, blocks: int, limit: str, options: tuple[str
     return Measured(name, blocks, size, peak, round(seconds, 1), limit, torch.get_num_threads())
 
 
+def runs() -> dict[str, Any]:
+    """Return the runs that are written down, by name."""
+    found = json.loads(OUT.read_text(encoding="utf-8"))["runs"] if OUT.exists() else []
+    return {run["name"]: run for run in found}
+
+
+def keep(found: dict[str, Any]) -> None:
+    """Write runs down, in their order."""
+    about = {"quantforge": __version__, "torch": torch.__version__, "processors": os.cpu_count()}
+    order = [f"{model} {method}" for model in MODELS for method in METHODS]
+    record = {**about, "runs": [found[name] for name in order if name in found]}
+    store.write_text(OUT, json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     """Make each model, run each method on it, and write down what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,11 +92,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of runs, such as '7B gptq', by commas")
     asked = parser.parse_args()
     wanted = set(filter(None, asked.only.split(",")))
-    found = json.loads(OUT.read_text(encoding="utf-8"))["runs"] if OUT.exists() else []
-    runs = {run["name"]: run for run in found if run["name"] not in wanted}
+    done = set(runs()) - wanted
     for model, (blocks, shape, limit) in MODELS.items():
         names = {f"{model} {method}": options for method, options in METHODS.items()}
-        names = {n: o for n, o in names.items() if n not in runs and (not wanted or n in wanted)}
+        names = {n: o for n, o in names.items() if n not in done and (not wanted or n in wanted)}
         if not names:
             continue
         with tempfile.TemporaryDirectory(dir=asked.place) as place:
@@ -89,12 +103,9 @@ def main() -> None:
             sizes = [f"--{key}={value}" for key, value in {"layers": blocks, **shape}.items()]
             subprocess.run([sys.executable, str(ROOT / "tools" / "bigmodel.py"), str(folder), *sizes], check=True)
             for name, options in names.items():
-                runs[name] = asdict(measure(name, folder, blocks, limit, options))
-                print(json.dumps(runs[name]), flush=True)
-                told = {"quantforge": __version__, "torch": torch.__version__, "processors": os.cpu_count()}
-                order = [f"{model} {method}" for model in MODELS for method in METHODS]
-                record = {**told, "runs": [runs[name] for name in order if name in runs]}
-                store.write_text(OUT, json.dumps(record, indent=1) + "\n")
+                found = asdict(measure(name, folder, blocks, limit, options))
+                print(json.dumps(found), flush=True)
+                keep({**runs(), name: found})
 
 
 if __name__ == "__main__":
