@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench speed browser interop torture faults fuzz streaming reliability readme docs clean
+.PHONY: demo test check bench speed browser interop torture faults fuzz streaming overhead reliability readme docs clean
 
 demo: $(VENV)/demo  ## quantize a real model with GPTQ, compare it, keep the checkpoints
 	rm -rf demo
@@ -74,13 +74,18 @@ $(VENV)/demo: $(VENV)/installed
 faults: $(VENV)/installed  ## run the tests of each of the 72 faults and count them
 	$(BIN)/python tools/faults.py
 
-fuzz: $(VENV)/installed  ## a million damaged inputs for each parser; goes on where it was
+fuzz: $(VENV)/installed  ## a million damaged inputs for each parser, then a million that coverage guides
 	$(BIN)/python tools/fuzz.py
+	$(PIP) atheris==3.0.0
+	$(BIN)/python tools/fuzz.py --engine atheris
 
 streaming: $(VENV)/installed  ## the memory of models read block by block: 30 and 60 blocks, and one of 7 billion weights
 	$(BIN)/python tools/streaming.py
 
-reliability: $(VENV)/installed  ## write reports/reliability.md from what the four above counted
+overhead: $(VENV)/demo  ## what keeping work costs, with and without a journal in turns; wants a quiet machine
+	$(BIN)/python tools/overhead.py
+
+reliability: $(VENV)/installed  ## write reports/reliability.md from what torture, faults, fuzz, streaming and overhead counted
 	$(BIN)/python tools/reliability.py
 
 torture: $(VENV)/installed  ## kill a small run 200 times, at any moment, and hold what it ends with against an undisturbed one

@@ -33,6 +33,9 @@ FOUND: dict[str, Any] = {
         ]
     },
     "streaming": {"runs": [{"name": "GPTQ", "blocks": 32, "bytes": 13.5e9, "peak": 5.25e9, "seconds": 3600}]},
+    "overhead": {
+        "runs": [{"method": "gptq", "kept": [10.2, 10.4], "plain": [10.0, 10.0], "commits": 4, "ratio": 1.03}]
+    },
 }
 
 
@@ -54,10 +57,12 @@ def test_every_count_is_on_the_page_and_in_the_summary() -> None:
     assert "1,234 processes were ended by SIGKILL" in page
     assert "| safetensors header | 900 mutate + 100 atheris | 10 | 988 | 2 | 0.250 |" in page
     assert "| GPTQ | 32 | 13.50 | 5.25 | 3,600 |" in page
+    assert "| gptq | 4 | 10.2, 10.4 | 10.0, 10.0 | 1.030 |" in page
+    assert "keeping work costs 3.0 % of GPTQ's time" in summary
     assert "| 1 | a \\| b | 3 | refused | 4 |" in page
     assert "| 2 | c | 5 | kept (not so) — by an injected fault | 1, **not all** |" in page
     assert "1,234 random kills, none of which lost anything" in summary
-    assert "1,000 damaged inputs, 2 of which was not refused" in summary
+    assert "1,000 damaged inputs, 2 of which did anything but be read or refused in a line" in summary
     assert "1 of 2 faults" in summary
     assert "13.5 GB of weights quantized in 5.2 GB" in summary
     assert "Not measured" not in page + summary
@@ -67,9 +72,9 @@ def test_what_was_not_measured_is_said_to_be_missing() -> None:
     tool = load("reliability")
     absent = dict.fromkeys(tool.COMMANDS)
     page, summary = tool.page(absent, TABLE), tool.summary(absent, TABLE)
-    assert page.count("Not measured: there is no reports/raw/") == 4
+    assert page.count("Not measured: there is no reports/raw/") == len(tool.COMMANDS)
     assert page.count("not run") == 2
-    assert "Not measured yet: torture, faults, fuzz, streaming." in summary
+    assert "Not measured yet: torture, faults, fuzz, streaming, overhead." in summary
     for name in FOUND:
         assert f"reports/raw/{name}.json yet (`make {name}`)" in tool.page({**FOUND, name: None}, TABLE)
 

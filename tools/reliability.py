@@ -2,8 +2,9 @@
 
     python tools/reliability.py [--check]
 
-Reads reports/raw/{faults,fuzz,streaming,torture}.json, each written by a command of its own. What was not measured is
-said to be missing; no figure stands here. `--check` writes nothing, and fails where the pages are not up to date.
+Reads reports/raw/{faults,fuzz,overhead,streaming,torture}.json, each written by a command of its own. What was not
+measured is said to be missing; no figure stands here. `--check` writes nothing, and fails where the pages are not up to
+date.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ COMMANDS = {
     "faults": "make faults",
     "fuzz": "make fuzz",
     "streaming": "make streaming",
+    "overhead": "make overhead",
 }
 WHAT = {"header": "safetensors header", "index": "index of shards", "recipe": "recipe", "tasks": "task file"}
 Counts = dict[str, Any]
@@ -76,7 +78,9 @@ def fuzz(found: Counts | None) -> tuple[str, str]:
             f"{counts['slowest']:.3f} |"
         )
         total, bad = total + inputs, bad + odd
-    return "\n".join(lines), f"{total:,} damaged inputs, {bad or 'none'} of which was not refused in a line or read"
+    return "\n".join(
+        lines
+    ), f"{total:,} damaged inputs, {bad or 'none'} of which did anything but be read or refused in a line"
 
 
 def faults(found: Counts | None, table: list[Counts]) -> tuple[str, str]:
@@ -107,9 +111,22 @@ def streaming(found: Counts | None) -> tuple[str, str]:
             f"| {_cell(run['name'])} | {run['blocks']} | {run['bytes'] / 1e9:.2f} | {run['peak'] / 1e9:.2f} | "
             f"{run['seconds']:,.0f} |"
         )
-    largest = max(found["runs"], key=lambda run: run["bytes"])
+    largest = max(found["runs"], key=lambda run: (run["bytes"], run["peak"]))
     weights, peak = largest["bytes"] / 1e9, largest["peak"] / 1e9
     return "\n".join(lines), f"{weights:.1f} GB of weights quantized in {peak:.1f} GB of memory"
+
+
+def overhead(found: Counts | None) -> tuple[str, str]:
+    """Return what keeping work costs, by the median of runs with a journal over those beside them without."""
+    if found is None:
+        return missing("overhead"), ""
+    lines = ["| run | commits | with a journal (s) | without (s) | ratio, median of pairs |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for run in found["runs"]:
+        kept, plain = (", ".join(f"{seconds:.1f}" for seconds in run[key]) for key in ("kept", "plain"))
+        lines.append(f"| {run['method']} | {run['commits']} | {kept} | {plain} | {run['ratio']:.3f} |")
+    said = ", ".join(f"{100 * (run['ratio'] - 1):.1f} % of {run['method'].upper()}'s time" for run in found["runs"])
+    return "\n".join(lines), f"keeping work costs {said}"
 
 
 def _cell(text: str) -> str:
@@ -141,6 +158,12 @@ page.
 
 {streaming(found["streaming"])[0]}
 
+## What keeping work costs
+
+`{COMMANDS["overhead"]}`: the demo model read, quantized and saved, in turns with a journal and without one.
+
+{overhead(found["overhead"])[0]}
+
 ## {len(table)} faults
 
 `{COMMANDS["faults"]}` runs the tests that tests/data/faults.yaml names. Each asserts the exit code, the line that is
@@ -157,6 +180,7 @@ def summary(found: dict[str, Counts | None], table: list[Counts]) -> str:
         faults(found["faults"], table)[1],
         fuzz(found["fuzz"])[1],
         streaming(found["streaming"])[1],
+        overhead(found["overhead"])[1],
     ]
     absent = [name for name, counts in found.items() if counts is None]
     text = f"Measured: {'; '.join(filter(None, said))}." if any(said) else ""
