@@ -152,6 +152,8 @@ def check_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
         x = tensor.detach()
         if x.is_meta or not x.is_floating_point():
             continue
+        if x.numel() and not any(x.stride()):  # one number, expanded
+            x = x[(0,) * x.dim()]
         # A sum is finite only if every term is; the converse fails when it overflows, so a bad sum is only a suspicion.
         if torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))):
             continue
