@@ -70,7 +70,7 @@ class IntGrid(Grid):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return round(x) clamped to the grid, as uint8 codes."""
-        return (self.round(x) - self.low).to(torch.uint8)
+        return self.round(x).sub_(self.low).to(torch.uint8)
 
     def round(self, x: Tensor) -> Tensor:
         """Return round(x) clamped to the grid."""
@@ -82,7 +82,7 @@ class IntGrid(Grid):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the integers that `codes` mean, as float32."""
-        return codes.float() + self.low
+        return codes.float().add_(self.low)
 
 
 @dataclass(frozen=True)

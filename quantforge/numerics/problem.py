@@ -61,9 +61,16 @@ class Problem:
 
     def row_losses(self, approx: Tensor) -> Tensor:
         """Return the diagonal of (W − Ŵ) H (W − Ŵ)ᵀ → [out]; without a Hessian, H is the identity."""
-        error = self.weight - approx
-        weighted = error if self.hessian is None else linear(error, self.hessian)
-        return (weighted * error).sum(1)
+        return self._energies(self.weight - approx)
+
+    def row_energies(self) -> Tensor:
+        """Return the diagonal of W H Wᵀ → [out], the loss of giving nothing for the weight."""
+        return self._energies(self.weight)
+
+    def _energies(self, x: Tensor) -> Tensor:
+        """Return the diagonal of x H xᵀ for `x` [out, in]."""
+        weighted = x.clone() if self.hessian is None else linear(x, self.hessian)
+        return weighted.mul_(x).sum(1)
 
     def loss(self, approx: Tensor) -> float:
         """Return tr((W − Ŵ) H (W − Ŵ)ᵀ): twice the squared output error, a token and summed over outputs."""

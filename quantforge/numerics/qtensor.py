@@ -191,9 +191,10 @@ def quantize(x: Tensor, r: Range, fmt: Format) -> QTensor:
     shape = (x.shape[0], x.shape[1])
     if r.scale.shape != counts(shape, fmt.block):
         raise ValueError(f"a range of shape {tuple(r.scale.shape)} does not fit {shape} in blocks of {fmt.block}")
-    scale = spread(r.scale if r.before is None else r.before, shape, fmt.block)
+    value = _divide(x, spread(r.scale if r.before is None else r.before, shape, fmt.block), fmt)
     zero = real_zero(r.zero, fmt, r.scale) if fmt.minimum else r.zero  # of ranges that were made without regard to it
-    return from_values(_divide(x, scale, fmt) + spread(zero, shape, fmt.block), r, fmt)
+    value += spread(zero, shape, fmt.block)
+    return from_values(value, r, fmt)
 
 
 def _divide(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:

@@ -20,6 +20,7 @@ TILES = 0.5625  # of the products of a symmetric matrix are computed
 ROOM = 0.9  # of the memory that is free now
 _IDLE = 64 * 2**20  # of libraries that are loaded on the way, and of what the allocator keeps
 _KEPT = 1.25  # of what solving holds: freed memory that the allocator keeps
+_RETURNED = 1.05  # the same of streamed runs, which hand large pieces back at once
 _PACKING = 14  # bytes a weight, while codes become a stream of bits
 _HASHED, _READ, _WRITTEN = 1.3e9, 1.0e9, 4e8  # bytes a second
 _START = 2.0  # seconds until the first weight is read
@@ -78,7 +79,7 @@ def _whole(plan: Plan, source: Source, done: Work, found: Output, tokens: int) -
             "of the model": weights + twin,
             "of codes": codes,
             "of waiting batches": _parked(plan, done, tokens),
-            "of solving": _solving(done, tokens),
+            "of solving": round(_KEPT * _solving(done, tokens)),
         },
         {"of the model": weights, "of codes": codes, "of the output": found.held + plan.kept[1]},
     ]
@@ -95,14 +96,15 @@ def _streamed(
     else:
         parked = _parked(plan, done, tokens)
     codes = sum(map(held, plan.layers.values())) // max(len(done.blocks), 1)
-    common = {"of the model": twin * 4 * (done.outside + largest), "of codes": codes, "of waiting batches": parked}
+    outside = done.outside - done.head
+    common = {"of the model": twin * 4 * (outside + largest), "of codes": codes, "of waiting batches": parked}
     # a tensor is mapped, copied and widened before it takes its place
     reading = 2 * source.dtype.itemsize * max(done.widest, done.outside_widest)
     return [
         {**common, "of reading": reading},
-        {**common, "of solving": _solving(done, tokens)},
+        {**common, "of solving": round(_RETURNED * _solving(done, tokens))},
         {**common, "of packing": _PACKING * done.widest},
-        {"of the model": 4 * (done.outside + largest), "of the output": found.held},
+        {"of the model": 4 * (outside + largest), "of the output": found.held},
     ]
 
 
@@ -130,7 +132,7 @@ def _solving(done: Work, tokens: int) -> int:
     """
     batch = 4 * min(done.batch_tokens, tokens)
     held_by = [s.solving.bytes(s.rows, s.columns) + (batch + 4 * s.columns) * s.columns for s in done.stages]
-    return round(_KEPT * max(held_by, default=0))
+    return max(held_by, default=0)
 
 
 def disk(plan: Plan, done: Work, found: Output, tokens: int) -> int:

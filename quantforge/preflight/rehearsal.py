@@ -35,7 +35,8 @@ from quantforge.plan import LayerPlan, Plan
 from quantforge.solving import solve
 
 _SMALL = 256  # columns of the layers that solvers are tried on
-_GATHERED = {"hessian": 16.0, "drift": 32.0}  # bytes for D², while rows are rounded
+_GATHERED = {"hessian": 13.0, "drift": 50.0}  # bytes for D², while sums become means
+_KEPT = {"hessian": 4.0, "drift": 12.0}  # while rows are rounded
 _CHAIN = logging.getLogger("torch._subclasses.fake_tensor")
 
 
@@ -131,8 +132,8 @@ def forward(config: Any, batch: int, seq_len: int) -> Forward:
 class Solving:
     """What solving a stage takes, by rows R (of all its layers) and columns D.
 
-    memory   pairs of coefficients (of D², of R D) of the bytes that live at most, by the moment that has most in layers
-             as wide as high, and in higher ones
+    memory   pairs of coefficients (of D², of R D) of the bytes that live at most, by moments: the one that has most in
+             layers as wide as high, the one in higher layers, and while sums become means
     seconds  coefficients (of D, of R D) of the time, without products of matrices
     """
 
@@ -178,7 +179,8 @@ def _tried(plan: Plan, p: LayerPlan, speed: float) -> Solving:
     except (QuantForgeError, ValueError, RuntimeError, AssertionError):  # a shape that the method does not take
         return MOST
     # what is searched piece by piece would count as if it grew with the columns; what is gathered is known
-    memory = low, (sum(_GATHERED[need] for need in p.needs if need in _GATHERED), high[1])
+    gathered, kept = (sum(sizes.get(need, 0.0) for need in p.needs) for sizes in (_GATHERED, _KEPT))
+    memory = low, (kept, high[1]), (gathered, 0.0)
     hessian = "hessian" in p.needs
     plain = [max(t - products(r, columns, hessian=hessian) / speed, 0.0) for t, r in zip(times, rows, strict=True)]
     each = max(plain[1] - plain[0], 0.0) / ((rows[1] - rows[0]) * columns)

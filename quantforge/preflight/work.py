@@ -35,6 +35,7 @@ class Work:
     """A plan laid over a model, in numbers.
 
     outside         parameters that are in no decoder block
+    head            of these, those of an output head that is not tied, which a streamed run does not hold
     outside_widest  of the largest tensor there
     blocks          parameters of each decoder block
     widest          of the largest layer that is quantized
@@ -48,6 +49,7 @@ class Work:
     """
 
     outside: int
+    head: int
     outside_widest: int
     blocks: tuple[int, ...]
     widest: int
@@ -84,6 +86,8 @@ def lay_out(plan: Plan, skeleton: nn.Module, *, seq_len: int, resident: int, qui
             outside_widest = max(outside_widest, parameter.numel())
         else:
             blocks[path] = blocks.get(path, 0) + parameter.numel()
+    output, inputs = (get() for get in (skeleton.get_output_embeddings, skeleton.get_input_embeddings))  # type: ignore[operator]
+    head = 0 if output is None or output.weight is inputs.weight else output.weight.numel()
     text: Any = plan.config.get_text_config()
     of = rehearsal.solving(plan, None if quick else machine.speed)
     stages = []
@@ -98,6 +102,7 @@ def lay_out(plan: Plan, skeleton: nn.Module, *, seq_len: int, resident: int, qui
     dense = sum(m.weight.numel() * _share(n, text) for n, m in _linears(skeleton) if arch.block_path(n))
     return Work(
         outside,
+        head,
         outside_widest,
         tuple(blocks.values()),
         max((p.shape[0] * p.shape[1] for p in plan.layers.values()), default=0),

@@ -71,10 +71,11 @@ class GPTQ:
         cost[slice(None) if order is None else order] = factor.u.diagonal() ** -2
         chosen = problem.range or fit(weight, fmt, self.range, cost)
         solved = _round_in_order(weight, chosen, fmt, factor.u, order, self.block_size)
+        notes = {"damp": factor.damp, "rung": factor.rung, "dead_columns": int(factor.dead.sum())}
+        del factor  # what judges the rows needs as much memory
         usable = problem if bool(hessian.isfinite().all()) else Problem(problem.name, weight, fmt)
         best, kept = keep_better_rows(usable, solved, [chosen, fit(weight, fmt)])
-        notes = {"damp": factor.damp, "rung": factor.rung, "dead_columns": int(factor.dead.sum()), "rows_rounded": kept}
-        return QWeight(best, notes)
+        return QWeight(best, {**notes, "rows_rounded": kept})
 
 
 def refuse_blocks(shape: tuple[int, int], fmt: Format) -> str | None:
@@ -107,6 +108,7 @@ def _round_in_order(weight: Tensor, r: Range, fmt: Format, u: Tensor, order: Ten
         return stored
 
     sweep(wt, u, rounded, block_size)
+    del wt
     natural = torch.empty_like(values)
     natural[order] = values
     return from_values(natural.T, r, fmt)

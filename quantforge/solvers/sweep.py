@@ -45,27 +45,27 @@ def inverse_factor(
     every column, as in the paper; or, if `relative`, times each column's own entry. The ladder: the dtype of H,
     float64, then a damping three times as large up to 1, then the diagonal alone.
     """
-    if order is not None:
-        hessian = hessian[order[:, None], order]
-    diagonal = hessian.diagonal()
+    size = hessian.shape[0]
+    order = torch.arange(size, device=hessian.device) if order is None else order
+    diagonal, back = hessian.diagonal()[order], order.flip(0)
     dead = diagonal <= 0
     mean = float(diagonal.double().clamp(min=0).mean())
-    size = hessian.shape[0]
     dtypes = [hessian.dtype] if hessian.dtype == torch.float64 else [hessian.dtype, torch.float64]
     damp = damp_percent
     added = diagonal.clone() if relative else torch.full_like(diagonal, mean)
     while mean > 0 and torch.isfinite(hessian).all() and damp <= 1:
         for dtype in dtypes:
-            h = hessian.to(dtype).flip(0, 1)
+            # all in place, in the order of columns that LAPACK takes: at a width of 11,008 a copy has half a gigabyte
+            h = hessian[back[:, None], back].to(dtype).T
             h.diagonal().add_((damp * added).flip(0))
             h.diagonal()[dead.flip(0)] = mean
-            lower, failed = torch.linalg.cholesky_ex(h)
-            del h  # at a width of 11,008 each of these has half a gigabyte
+            failed = torch.empty((), dtype=torch.int32, device=h.device)
+            torch.linalg.cholesky_ex(h, out=(h, failed))
             if not failed:
-                upper = lower.flip(0, 1)
-                del lower
-                eye = torch.eye(size, dtype=dtype, device=upper.device)
-                u = torch.linalg.solve_triangular(upper, eye, upper=True)
+                upper = h.flip(0, 1)
+                del h
+                u = torch.eye(size, dtype=dtype, device=upper.device).T
+                torch.linalg.solve_triangular(upper, u, upper=True, out=u)
                 if torch.isfinite(u).all():
                     return Factor(u.to(hessian.dtype), damp, str(dtype).removeprefix("torch."), dead)
         damp = max(3 * damp, 0.01)
