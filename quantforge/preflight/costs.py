@@ -183,7 +183,7 @@ def _of_stage(plan: Plan, s: StageWork, tokens: int, done: Work) -> float:
     """Return the seconds of a stage's statistics and of solving it."""
     speed, bandwidth = done.machine.speed, done.machine.bandwidth
     products = rehearsal.products(s.rows, s.columns, hessian="hessian" in s.plan.needs)
-    judged = 4 * s.rows * s.columns**2 if plan.needs else 0.0
+    judged = 2 * rehearsal.judging(s.columns) * s.rows * s.columns**2 if plan.needs else 0.0
     solved = _COLD * s.solving.time(s.rows, s.columns) + (products + judged) / speed
     return solved + _gathered(plan, s, tokens, done) + _tried(plan, s, speed, bandwidth)
 

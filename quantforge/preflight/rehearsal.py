@@ -30,6 +30,7 @@ from quantforge.errors import QuantForgeError
 from quantforge.models import arch
 from quantforge.models.walk import Stage
 from quantforge.numerics.blocks import extents
+from quantforge.numerics.problem import TILES, WIDE
 from quantforge.numerics.products import linear
 from quantforge.plan import LayerPlan, Plan
 from quantforge.solving import solve
@@ -204,7 +205,12 @@ def _columns(p: LayerPlan, most: int) -> int:
 
 def products(rows: int, columns: int, *, hessian: bool) -> float:
     """Return the operations of products of matrices in solving a stage: the factor, the sweep, and judging the rows."""
-    return (4 / 3 * columns**3 + (1 + 2 * 4) * rows * columns**2) if hessian else 0.0
+    return (4 / 3 * columns**3 + (1 + 4 * judging(columns)) * rows * columns**2) if hessian else 0.0
+
+
+def judging(columns: int) -> float:
+    """Return the operations, by rows and squared columns, of judging a result by the Hessian."""
+    return 2.0 if columns < WIDE else (TILES + 1) / TILES
 
 
 def _seconds(plan: Plan, p: LayerPlan, rows: int, columns: int) -> float:
