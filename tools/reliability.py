@@ -105,12 +105,20 @@ def streaming(found: Counts | None) -> tuple[str, str]:
     """Return peak memory of streamed runs."""
     if found is None:
         return missing("streaming"), ""
-    lines = ["| run | blocks | weights (GB) | peak memory (GB) | seconds |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| run | blocks | weights (GB) | peak memory (GB) | seconds | threads |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    peaks = {run["name"]: run["peak"] for run in found["runs"]}
     for run in found["runs"]:
         lines.append(
             f"| {_cell(run['name'])} | {run['blocks']} | {run['bytes'] / 1e9:.2f} | {run['peak'] / 1e9:.2f} | "
-            f"{run['seconds']:,.0f} |"
+            f"{run['seconds']:,.0f} | {run['threads']} |"
         )
+    grown = [
+        f"{100 * (peaks[f'60 blocks {method}'] / peaks[f'30 blocks {method}'] - 1):+.1f} % by {method.upper()}"
+        for method in ("rtn", "gptq")
+        if {f"30 blocks {method}", f"60 blocks {method}"} <= set(peaks)
+    ]
+    lines += ["", f"Peak memory of 60 blocks beside that of 30: {', '.join(grown)}."] if grown else []
     largest = max(found["runs"], key=lambda run: (run["bytes"], run["peak"]))
     weights, peak = largest["bytes"] / 1e9, largest["peak"] / 1e9
     return "\n".join(lines), f"{weights:.1f} GB of weights quantized in {peak:.1f} GB of memory"
