@@ -105,13 +105,13 @@ def streaming(found: Counts | None) -> tuple[str, str]:
     """Return peak memory of streamed runs."""
     if found is None:
         return missing("streaming"), ""
-    lines = ["| run | blocks | weights (GB) | peak memory (GB) | seconds | threads |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = ["| run | blocks | weights (GB) | peak memory (GB) | foretold (GB) | seconds | threads |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     peaks = {run["name"]: run["peak"] for run in found["runs"]}
     for run in found["runs"]:
         lines.append(
             f"| {_cell(run['name'])} | {run['blocks']} | {run['bytes'] / 1e9:.2f} | {run['peak'] / 1e9:.2f} | "
-            f"{run['seconds']:,.0f} | {run['threads']} |"
+            f"{run['estimated'] / 1e9:.2f} | {run['seconds']:,.0f} | {run['threads']} |"
         )
     grown = [
         f"{100 * (peaks[f'60 blocks {method}'] / peaks[f'30 blocks {method}'] - 1):+.1f} % by {method.upper()}"

@@ -1,5 +1,7 @@
 """Measure the memory of models that are read block by block: `make streaming`, into reports/raw/streaming.json.
 
+Beside what each run held stands what `--dry-run` foretold.
+
     python tools/streaming.py [PLACE] [--only NAME,…]
 
 Random models are written into PLACE, a temporary folder if none is named, quantized by the command line in a process of
@@ -36,22 +38,39 @@ MODELS = {"30 blocks": (30, SMALL, "2GB"), "60 blocks": (60, SMALL, "2GB"), "7B"
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: its name, and the blocks and bytes of the model; its peak memory in bytes, and its seconds."""
+    """One run: its name, and the blocks and bytes of the model; its peak memory in bytes, and its seconds.
+
+    estimated  the peak that `--dry-run` foretold
+    """
 
     name: str
     blocks: int
     bytes: int
     peak: int
+    estimated: int
     seconds: float
     max_memory: str
     threads: int
 
 
+def asked_for(folder: Path, limit: str, options: tuple[str, ...]) -> list[str]:
+    """Return the command that quantizes the model in `folder`, save for where to."""
+    command = [sys.executable, "-m", "quantforge", "quantize", str(folder), *options, "--bits", "4"]
+    return [*command, "--group-size", "64", "--max-memory", limit]
+
+
+def estimate(folder: Path, limit: str, options: tuple[str, ...]) -> int:
+    """Return the peak memory that a dry run foretells."""
+    command = [*asked_for(folder, limit, options), "--dry-run", "--json"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(json.loads(told)["estimate"]["peak_memory"])
+
+
 def measure(name: str, folder: Path, blocks: int, limit: str, options: tuple[str, ...]) -> Measured:
     """Quantize the model in `folder` and return what it took; RuntimeError if that fails."""
     out = folder.with_name("out")
-    command = [sys.executable, "-m", "quantforge", "quantize", str(folder), *options, "--bits", "4"]
-    command += ["--group-size", "64", "--max-memory", limit, "--out", str(out)]
+    foretold = estimate(folder, limit, options)
+    command = [*asked_for(folder, limit, options), "--out", str(out)]
     started, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(command, stdout=told, stderr=told)
@@ -68,7 +87,7 @@ def measure(name: str, folder: Path, blocks: int, limit: str, options: tuple[str
             raise RuntimeError(f"{name}: exit {process.returncode}: {told.read()[-500:]}")
     shutil.rmtree(out)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return Measured(name, blocks, size, peak, round(seconds, 1), limit, torch.get_num_threads())
+    return Measured(name, blocks, size, peak, foretold, round(seconds, 1), limit, torch.get_num_threads())
 
 
 def runs() -> dict[str, Any]:
