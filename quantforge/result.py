@@ -29,6 +29,7 @@ from quantforge.plan import Plan
 from quantforge.protocols import Exporter, FileExporter
 from quantforge.solving import Layer, UnreadWeight
 from quantforge.store import MARK, check_target, publish, write_text
+from quantforge.verification.report import Loader
 
 MAX_SHARD_SIZE = shards.LIMIT
 MEASURED = ("seconds", "peak_memory")  # what a run never gives twice, and no checkpoint holds
@@ -50,6 +51,7 @@ class Result:
     command      the command line that made it; "" if there was none
     blocks       of a model that was never in memory as a whole: `model` has no weights in its decoder blocks then, and
                  those of `layers` can be read only until the run that made them is over; None: all is in memory
+    loaders      what software takes the checkpoint that was saved last; empty before
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class Result:
     made_of: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     blocks: Blocks | None = None
+    loaders: list[Loader] = field(default_factory=list)
 
     @property
     def bits_per_weight(self) -> float:
@@ -101,7 +104,7 @@ class Result:
             _write(self, exporter, staging)
             # code of the model's own is not there yet
             if stored.reads(exporter) and not getattr(self.model.config, "auto_map", None):
-                verification.require(staging, folder)
+                self.loaders[:] = verification.require(staging, folder).loaders
             sealed(staging)
         return folder
 
@@ -159,7 +162,7 @@ class Result:
         lines = [
             f"{self.source}: {plan.recipe.name}, {len(self.layers)} layers at {self.bits_per_weight:.3f} bits a weight",
             f"{plan.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB{took}",
-            "most lost: " + ", ".join(f"{layer.name} {layer.relative_loss:.2%}" for layer in worst),
+            "most lost: " + ", ".join(f"{layer.name} {100 * layer.relative_loss:.3g}%" for layer in worst),
         ]
         notes = (*self.fallbacks(), *fallbacks.remarks(plan, self.layers), *plan.notes)
         return "\n".join([*lines, *(f"note: {clean(note)}" for note in notes)])

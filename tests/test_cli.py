@@ -103,6 +103,8 @@ def test_quantize_writes_a_checkpoint_and_says_what_came_of_it(quantized):
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     assert "gptq, 28 layers at 4.312 bits" in result.stdout
     assert f"next: quantforge evaluate '{out}'" in result.stdout
+    assert "transformers 5.23: yes" in result.stdout
+    assert "llama.cpp: no, it loads GGUF only; --format gguf" in result.stdout
     assert result.stderr == ""
     assert checkpoint.read_record(out)["calibration"]["count"] == 8
 
@@ -185,6 +187,7 @@ def test_quantize_as_json_holds_the_record_of_the_checkpoint(text, tmp_path):
     record = json.loads(result.stdout)
     assert record.pop("seconds") > 0  # which are another run's each time, and do not stand in the checkpoint
     assert record.pop("peak_memory") is not None
+    assert "vLLM" in {loader["name"] for loader in record.pop("loaders")}
     assert checkpoint.read_record(out) == {**record, "files": ANY, "digests": ANY}
     assert record["format"] == "int8-g64-sym-bf16"
     assert record["calibration"] == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,7 +155,10 @@ def quantize(
             command=shlex.join(["quantforge", *(part for part in sys.argv[1:] if part != "--restart")]),
         )
     where = shlex.quote(str(out))
-    print_result(json.dumps(result.record()) if as_json else f"{result.summary()}\nnext: quantforge evaluate {where}")
+    if as_json:
+        print_result(json.dumps({**result.record(), "loaders": [asdict(loader) for loader in result.loaders]}))
+        return
+    print_result("\n".join([result.summary(), *map(str, result.loaders), f"next: quantforge evaluate {where}"]))
 
 
 def _foretold(
