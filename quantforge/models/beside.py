@@ -26,6 +26,9 @@ _NAMES = re.compile(
 )
 _CLASS = re.compile(r"[A-Za-z0-9_]+(Tokenizer|TokenizerFast|Backend)")
 _PLAIN = re.compile(r"[\w.-]+\.json")
+# arguments of transformers' tokenizers that are opened where they are text, from wherever they point to
+_OPENED = re.compile(r"(.*_)?(file|files|path|dir|spm|model|vocab|merges|emoji|option)")
+_TOLD_ONLY = ("fast_tokenizer_files", "name_or_path", "special_tokens_map_file", "_name_or_path")  # or checked above
 
 
 def check_beside(path: Path, contained: Callable[[Path, str, str], Path]) -> None:
@@ -69,8 +72,10 @@ def _check_tokenizer_config(found: dict[str, Any]) -> None:
         raise ModelError(
             326, f"{TOKENIZER} has fast_tokenizer_files {show(files)}, which are no plain names: remove it."
         )
-    for key in ("gguf_file", "tokenizer_object"):
-        if found.get(key) is not None:
-            raise ModelError(
-                326, f"{TOKENIZER} has {key} {show(found[key])}, which names no file of its own: remove it."
-            )
+    for key, value in found.items():
+        if key in ("tokenizer_object", "init_inputs") and value not in (None, []):
+            raise ModelError(326, f"{TOKENIZER} has {key} {show(value)}, which stands for arguments: remove it.")
+        parts = value.items() if key.endswith("_kwargs") and isinstance(value, dict) else [(key, value)]
+        for name, part in parts:
+            if isinstance(part, str) and _OPENED.fullmatch(name) and name not in _TOLD_ONLY:
+                raise ModelError(326, f"{TOKENIZER} has {name} {show(part)}, a file that would be opened: remove it.")

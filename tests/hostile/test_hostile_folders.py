@@ -334,3 +334,47 @@ def test_no_shard_outside_of_the_folder_is_read(form: str, place: Path) -> None:
     sharded(place)
     TRAVERSALS[form](place)
     refused(place, "QF-316")
+
+
+CANARY = "b3BlbnNzaC1rZXktdjEAAAAABG5vbmU"
+ARGUMENTS = [
+    *((kind, "vocab") for kind in ("Bert", "Llama", "GPT2", "Qwen2", "Gemma", "Nllb")),
+    *((kind, "merges") for kind in ("GPT2", "Qwen2", "CLIP")),
+    *(("PreTrained", f"{key}_file") for key in ("tokenizer", "vocab", "merges", "spm", "emoji", "normalizer", "gguf")),
+    ("PreTrained", "init_inputs"),
+    ("PreTrained", "tokenizer_object"),
+    *(("Marian", key) for key in ("source_spm", "target_spm", "target_vocab_file")),
+    *(("BertJapanese", key) for key in ("sudachi_config_path", "sudachi_resource_dir")),
+    ("Mistral", "tokenizer_path"),
+    ("T5", "sp_model_kwargs.model_file"),
+    ("BertJapanese", "mecab_kwargs.mecab_option"),
+]
+
+
+@pytest.mark.parametrize(("kind", "argument"), ARGUMENTS)
+def test_no_argument_of_a_tokenizer_names_a_file_outside(kind: str, argument: str, place: Path) -> None:
+    """Rust opens some of them, which no hook sees: what they hold must not be in what is written."""
+    secret = place / "outside" / "secret"
+    secret.write_text(f"{CANARY}\n[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\n")
+    (place / "text.txt").write_text(f"{CANARY} and more of it. " * 100)
+    key, _, inner = argument.partition(".")
+    value: Any = [str(secret)] if key == "init_inputs" else {inner: str(secret)} if inner else str(secret)
+    content = {"tokenizer_class": f"{kind}Tokenizer", key: value}
+    (place / "model" / "tokenizer_config.json").write_text(json.dumps(content))
+    if kind != "PreTrained":
+        (place / "model" / "tokenizer.json").unlink()
+        (place / "model" / "vocab.txt").write_text("x\n")
+    refused(place, f"tokenizer_config.json has {inner or key} ", "remove it")
+    written = [file for file in (place / "results").rglob("*") if file.is_file()]
+    assert not any(CANARY.encode() in file.read_bytes() for file in written)
+
+
+def test_what_old_tokenizers_say_of_where_they_were_made_is_no_harm(place: Path) -> None:
+    file = place / "model" / "tokenizer_config.json"
+    told = {
+        "name_or_path": "/root/model",
+        "special_tokens_map_file": "/root/special_tokens_map.json",
+        "vocab_file": None,
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **told, "sp_model_kwargs": {}, "init_inputs": []}))
+    assert quantize(place).exit_code == 0
