@@ -45,7 +45,7 @@ from quantforge.preflight.strategies import Strategy
 from quantforge.progress import bar
 from quantforge.protocols import FileExporter
 from quantforge.record import finite
-from quantforge.result import Result, round_floats
+from quantforge.result import Result, check_fit, round_floats
 from quantforge.resume import Record
 from quantforge.runtime import load as runtime
 from quantforge.runtime.generate import Sampling, Written, ends_of, write
@@ -126,6 +126,7 @@ def quantize(
     calibration = _checked(calibration, "calibration")
     target = None if out is None else Path(out)
     draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed, reading=reading)
+    draw = functools.partial(draw, max_memory=max_memory)
     finished = target is not None and not restart and journaling.finished(target)  # and only the journal is left
     replaces = overwrite or finished
     ids, provenance, strategy, given = None, dict[str, Any](), Strategy(), tokenizer
@@ -221,6 +222,7 @@ def _blocks(source: loading.Source | nn.Module, writer: Writer, strategy: Strate
 
 def _round(blocks: Blocks, plan: Plan) -> None:
     """Round what stays in float, and that of every block that is yet to be read, as the plan's container stores it."""
+    check_fit(blocks.model, plan, blocks)
     round_floats(blocks.model, plan)
     if isinstance(blocks, Streamed):
         blocks.prepare(lambda model, index: round_floats(model, plan, f"{blocks.path}.{index}."))
@@ -341,13 +343,15 @@ def token_ids(
     seed: int = 0,
     writer: Writer | None = None,
     reading: Reading = STRICT,
+    max_memory: int | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return token ids [count, seq_len] that the model of `config` can read, and where they came from.
 
-    text     a set's name, a file, the ids themselves, or for calibration "self", which `writer` writes by `seed`
-    reading  how files are read
+    text        a set's name, a file, the ids themselves, or for calibration "self", which `writer` writes by `seed`
+    reading     how files are read
+    max_memory  bytes that the process may take meanwhile; None: what is free
     Raises DataError for what is no text or no ids, PlanError for windows that are too long, ModelError for ids beyond
-    the embedding.
+    the embedding, ResourceError for a text that takes too much memory to be tokenized.
     """
     if isinstance(text, Tensor):
         if text.dim() != 2 or text.dtype != torch.int64 or not text.numel() or int(text.min()) < 0:
@@ -367,6 +371,7 @@ def token_ids(
     else:
         check_length(config, seq_len)
         read = corpus.load_text(str(text), part, reading)
+        preflight.check_text(str(text), corpus.memory(read), max_memory)
         found = corpus.windows(read, tokenizer, seq_len, count, shuffle=shuffle, seed=seed)
         ids, provenance = found.ids, found.provenance
     check.check_ids(ids, tokenizer, config)

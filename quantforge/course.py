@@ -34,8 +34,7 @@ class Run:
         """Commit what is done and raise Stopped, if the process was asked to stop and can be gone on with."""
         if self.record.journal is not None and stopping.asked():
             kept = "what is done is kept" if self.record.commit() else "what was committed before this block is kept"
-            how = f"go on with: {self.command}" if self.command else "the same call goes on from here."
-            raise Stopped(620, f"stopped, and {kept}; {how}")
+            raise Stopped(620, f"stopped, and {kept}; {stopping.going_on(self.command)}")
 
 
 def by_block(blocks: Blocks, stages: Sequence[Stage], first: int = 0) -> list[Stage]:

@@ -51,7 +51,8 @@ def quantize(
     Raises Stopped where the process was asked to stop and the run can be gone on with.
     """
     try:
-        return _quantize(model, plan, ids, progress, collect, run or in_memory(model))
+        with stopping.deferring():
+            return _quantize(model, plan, ids, progress, collect, run or in_memory(model))
     except BaseException:
         activations.remove(model.modules())
         raise
@@ -93,6 +94,7 @@ def _quantize(
     run.record.place = Place(len(plan.recipe.transforms), len(run.blocks))
     if run.record.lean or run.record.due():
         run.record.commit()
+    run.check_stop()
     return list(run.record.layers.values())
 
 

@@ -172,16 +172,17 @@ class Result:
         return fallbacks.describe(self.plan, self.layers)
 
 
-def check_fit(model: nn.Module, plan: Plan) -> None:
+def check_fit(model: nn.Module, plan: Plan, blocks: Blocks | None = None) -> None:
     """Raise PlanError for a parameter beyond the largest number of the dtype in which `plan` stores floats."""
     limit = torch.finfo(plan.dtype).max
     for name, parameter in model.named_parameters():
         layer, _, part = name.rpartition(".")
         if torch.finfo(parameter.dtype).max <= limit or (part == "weight" and layer in plan.layers):
             continue
-        if parameter.is_meta:  # it is yet to be read
+        if parameter.is_meta and blocks is None:
             continue
-        largest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
+        value = parameter.detach() if blocks is None else blocks.value(name)
+        largest = float(value.abs().max()) if value.numel() else 0.0
         if largest > limit:
             raise PlanError(
                 286,

@@ -188,3 +188,24 @@ def test_sizes_are_read(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(RecipeError, match="--max-memory"):
         parse_size("--max-memory", text)
+
+
+def test_a_text_that_takes_too_much_memory_is_refused_and_named(tmp_path, monkeypatch):
+    text = tmp_path / "long.txt"
+    text.write_text("word " * 4000)
+    common = ("quantize", TINY, "-m", "gptq", "--group-size", 32, "--samples", 2, "--seq-len", 64, "--calib", text)
+    monkeypatch.setattr("quantforge.api.corpus.memory", lambda text: 10**13)
+    told = CliRunner().invoke(cli.main, [str(a) for a in (*common, "--out", tmp_path / "out")])
+    assert told.exit_code == 5
+    assert f"error[QF-553]: to tokenize '{text}' takes 10000." in told.stderr
+    told = CliRunner().invoke(cli.main, [str(a) for a in (*common, "--max-memory", "2GB", "--out", tmp_path / "out")])
+    assert "2.0 GB is --max-memory: use a shorter text." in told.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["long.txt"]
+
+
+def test_a_dry_run_counts_the_vocabulary_that_gguf_holds(tmp_path):
+    common = ("quantize", TINY, "-m", "rtn", "--bits", 4, "--format", "gguf", "--out", tmp_path / "out", "--json")
+    foretold = json.loads(CliRunner().invoke(cli.main, [str(a) for a in (*common, "--dry-run")]).stdout)
+    assert foretold["estimate"]["output"]["exact"]
+    assert CliRunner().invoke(cli.main, [str(a) for a in common]).exit_code == 0
+    assert (tmp_path / "out" / "model.gguf").stat().st_size == foretold["estimate"]["output"]["weights"]

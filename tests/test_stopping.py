@@ -25,15 +25,15 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 # one call into a library that takes minutes, during which no handler of Python's runs
 LONG = """
 import hashlib, sys
-from quantforge.stopping import asked, watching
-with watching():
+from quantforge.stopping import deferring, watching
+with watching(), deferring():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"word", b"salt", 400_000_000)
 """
 SHORT = """
 import sys, time
-from quantforge.stopping import asked, watching
-with watching():
+from quantforge.stopping import asked, deferring, watching
+with watching(), deferring():
     print("ready", flush=True)
     while not asked():
         time.sleep(0.01)
@@ -87,7 +87,7 @@ def test_the_second_ends_the_process_at_once_even_while_a_library_computes(numbe
 def test_handlers_and_threads_are_as_before_afterwards():
     handlers, threads = [signal.getsignal(n) for n in SIGNALS], threading.active_count()
     for _ in range(2):
-        with stopping.watching():
+        with stopping.watching(), stopping.deferring():
             assert not stopping.asked()
             os.kill(os.getpid(), signal.SIGTERM)
             while not stopping.asked():
@@ -96,6 +96,17 @@ def test_handlers_and_threads_are_as_before_afterwards():
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
     assert threading.active_count() == threads
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_where_nothing_is_kept_piece_by_piece_it_ends_and_names_the_command():
+    def asked_for() -> None:
+        with stopping.watching("quantforge quantize x"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+    with pytest.raises(Stopped, match=r"what was committed is kept; go on with: quantforge quantize x"):
+        asked_for()
+    assert not stopping.asked()
 
 
 def test_what_is_ignored_stays_ignored():
@@ -129,8 +140,8 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def quantize(out: Path) -> Result:
-    asked = ["quantize", str(TINY), "--method", "rtn", "--out", str(out)]
+def quantize(out: Path, *more: str) -> Result:
+    asked = ["quantize", str(TINY), "--method", "rtn", "--out", str(out), *more]
     return CliRunner().invoke(cli.main, asked)
 
 
@@ -164,6 +175,19 @@ def test_quantize_keeps_what_is_done_exits_with_75_and_goes_on_when_called_again
     for file in sorted(path.name for path in (tmp_path / "whole").iterdir()):
         one, other = ((tmp_path / name / file).read_bytes() for name in ("out", "whole"))
         assert one.replace(b"out", b"whole") == other.replace(b"out", b"whole"), file
+
+
+def test_a_text_that_the_model_still_writes_does_not_keep_it_from_stopping(tmp_path, monkeypatch, handlers):
+    def write(*args: object, **more: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("quantforge.api.generating.self_text", write)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stopped = quantize(tmp_path / "out", "--method", "gptq", "--group-size", "32", "--calib", "self")
+    assert stopped.exit_code == 75, stopped.output
+    assert "error[QF-621]: stopped, and what was committed is kept; go on with: " in stopped.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def fail(error: BaseException) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import quantforge
 from quantforge import api, pipeline
-from quantforge.errors import QuantForgeError, ResourceError
+from quantforge.errors import ModelError, PlanError, QuantForgeError, ResourceError
 from quantforge.models import blocks, load, tiny
 from quantforge.preflight.strategies import Strategy
 
@@ -208,3 +208,33 @@ def test_a_model_under_other_names_is_not_streamed(tmp_path):
     left = {k: v for k, v in source.folder.tensors.items() if "experts.0.w1" not in k}
     with pytest.raises(ResourceError, match="another name"):
         blocks.stream(replace(source, folder=replace(source.folder, tensors=left)), torch.device("cpu"))
+
+
+WAYS = {"whole": Strategy(), "streamed": Strategy(stream=True), "replayed": Strategy(stream=True, replay=True)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_what_the_checkpoint_cannot_hold_is_refused_before_any_work(tmp_path, name, way, monkeypatch):
+    model = changed(folder(tmp_path, "llama", tie_word_embeddings=False), name, 2.0**20)
+    monkeypatch.setattr(api, "run", lambda *args, **more: pytest.fail("work was begun"))
+    with pytest.raises(PlanError, match=rf"{name} holds 1.05e\+06, beyond the 65504 of float16"):
+        quantize(model, "gptq", tmp_path / "out", WAYS[way], monkeypatch, format="gptq", group_size=32, symmetric=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_the_models_dtype_cannot_hold_is_named_as_that(tmp_path, way, monkeypatch):
+    model = changed(folder(tmp_path, "llama"), "model.norm.weight", 1e6, torch.float16)
+    with pytest.raises(ModelError, match=r"'model.norm.weight' holds 1e\+06, which float16, the model's dtype, cannot"):
+        quantize(model, "rtn", tmp_path / "out", WAYS[way], monkeypatch, group_size=32)
+
+
+def changed(model: Path, name: str, value: float, others: torch.dtype = torch.bfloat16) -> Path:
+    """Give one element of a tensor a value, in float32, in a folder whose other tensors have a dtype."""
+    tensors = {key: tensor.to(others) for key, tensor in load_file(model / "model.safetensors").items()}
+    tensors[name] = tensors[name].float()
+    tensors[name].view(-1)[1] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": str(others)[6:]}))
+    return model

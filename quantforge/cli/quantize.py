@@ -127,7 +127,8 @@ def quantize(
         raise RecipeError(213, "--out DIR is missing: where should the checkpoint go? (--dry-run needs none)")
     import quantforge
 
-    with stopping.watching():  # what can be gone on with comes to a good end first
+    command = shlex.join(["quantforge", *(part for part in sys.argv[1:] if part != "--restart")])
+    with stopping.watching(command):  # what can be gone on with comes to a good end first
         result = quantforge.quantize(
             model,
             method,
@@ -152,7 +153,7 @@ def quantize(
             trust_remote_code=trust_remote_code,
             max_memory=budget,
             restart=restart,
-            command=shlex.join(["quantforge", *(part for part in sys.argv[1:] if part != "--restart")]),
+            command=command,
         )
     where = shlex.quote(str(out))
     if as_json:
@@ -179,9 +180,12 @@ def _foretold(
     probed   the device on which one block is quantized for real; None: none is
     """
     from quantforge import journal, preflight
+    from quantforge.models import load
     from quantforge.preflight import probe, serving
 
-    found = preflight.estimate(plan, source, samples=samples, seq_len=seq_len, max_memory=budget)
+    found = preflight.estimate(
+        plan, source, samples=samples, seq_len=seq_len, max_memory=budget, tokenizer=load.tokenizer(source)
+    )
     if probed is not None:
         found = probe.measured(found, plan, source, samples=samples, seq_len=seq_len, device=probed)
     preflight.check_memory(found, plan)

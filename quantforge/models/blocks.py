@@ -157,7 +157,7 @@ def stream(source: Source, device: torch.device) -> Streamed:
     if source.folder is None:
         raise ResourceError(521, f"{source.name} is no folder of safetensors, so it cannot be read block by block.")
     memory.return_large_pieces()
-    check.check_tensors((name, read(info)) for name, info in source.folder.tensors.items())
+    check.check_tensors(((name, read(info)) for name, info in source.folder.tensors.items()), source.dtype)
     with quiet(), torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(source.config, dtype=source.dtype)
     model.tie_weights()  # type: ignore[operator]

@@ -27,11 +27,13 @@ __all__ = [
     "check_plain",
     "check_tensors",
     "check_tokenizer",
+    "is_finite",
     "read_folder",
     "read_header",
 ]
 
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+_PIECE = 1 << 20  # elements that are looked at together
 _Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
@@ -145,24 +147,36 @@ def check_finite(model: torch.nn.Module) -> None:
     check_tensors(model.named_parameters())
 
 
-def check_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise ModelError naming those of the tensors that hold NaN or Inf, and how many of each."""
+def check_tensors(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> None:
+    """Raise ModelError naming those of the tensors that hold NaN or Inf, and how many, or one beyond `dtype`.
+
+    dtype  in which they will be held; None: their own
+    """
     bad = []
     for name, tensor in tensors:
         x = tensor.detach()
-        if x.is_meta or not x.is_floating_point():
-            continue
-        if x.numel() and not any(x.stride()):  # one number, expanded
-            x = x[(0,) * x.dim()]
-        # A sum is finite only if every term is; the converse fails when it overflows, so a bad sum is only a suspicion.
-        if torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))):
-            continue
-        nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
-        if nan or inf:
+        if not is_finite(x):
+            nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
             bad.append(f"{show(name)} has {nan:,} NaN and {inf:,} Inf of {x.numel():,}")
+        elif dtype is not None and not is_finite(x, dtype):
+            most, what = float(x.abs().max()), str(dtype).removeprefix("torch.")
+            raise ModelError(365, f"{show(name)} holds {most:.3g}, which {what}, the model's dtype, cannot hold.")
     if bad:
         are = "tensor is" if len(bad) == 1 else "tensors are"
         raise ModelError(345, f"{len(bad)} {are} not finite: {some(bad)}; download the model again or repair it.")
+
+
+def is_finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Tell whether a tensor, rounded to `dtype`, holds no NaN and no Inf; true of integers, and on the meta device."""
+    if x.is_meta or not x.is_floating_point():
+        return True
+    if x.numel() and not any(x.stride()):  # one number, expanded
+        x = x[(0,) * x.dim()]
+    # A sum is finite only if every term is; the converse fails when it overflows, so a bad sum is only a suspicion.
+    # Piece by piece, for the sum of a narrow dtype makes a copy in the wide one.
+    wide = torch.promote_types(dtype or x.dtype, torch.float32)
+    pieces = (piece.to(dtype or x.dtype) for piece in torch.split(x.detach().reshape(-1), _PIECE))
+    return all(bool(torch.isfinite(p.sum(dtype=wide))) or bool(torch.isfinite(p.to(wide)).all()) for p in pieces)
 
 
 def check_plain(model: torch.nn.Module) -> None:

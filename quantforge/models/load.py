@@ -190,7 +190,12 @@ def model(source: Source, device: str = "cpu") -> nn.Module:
                 use_safetensors=True,
                 trust_remote_code=source.trust_remote_code,
             )
-    check.check_finite(loaded)
+    try:
+        check.check_finite(loaded)
+    except ModelError:  # of what was read, or of what became of it in the model's dtype?
+        if source.folder is not None:
+            check.check_tensors(read_tensors(source.folder).items(), source.dtype)
+        raise
     moe.unfuse(loaded)
     result: nn.Module = loaded.float().eval().to(check_device(device))
     return result

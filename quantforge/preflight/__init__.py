@@ -168,6 +168,17 @@ def check_memory(found: Estimate, plan: Plan) -> None:
     )
 
 
+def check_text(name: str, needed: int, max_memory: int | None) -> None:
+    """Raise ResourceError if tokenizing a text takes `needed` bytes more than the process may."""
+    budget = costs.free_memory() if max_memory is None else max_memory
+    needed += costs.resident()
+    if needed > budget:
+        limit = "are free" if max_memory is None else "is --max-memory"
+        raise ResourceError(
+            553, f"to tokenize {name!r} takes {show(needed)}, and {show(budget)} {limit}: use a shorter text."
+        )
+
+
 def check_disk(found: Estimate, out: Path, held: int = 0) -> None:
     """Raise ResourceError if the disk of `out` lacks the room for the output and for what is kept on the way.
 

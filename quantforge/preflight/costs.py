@@ -104,7 +104,7 @@ def _streamed(
         {**common, "of reading": reading},
         {**common, "of solving": round(_RETURNED * _solving(done, tokens))},
         {**common, "of packing": _PACKING * done.widest},
-        {"of the model": 4 * (outside + largest), "of the output": found.held},
+        {"of the model": 4 * (outside + largest), "of the output": max(found.held, _PACKING * done.widest)},
     ]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quantforge import stored
@@ -180,7 +179,7 @@ def check_others(opened: Stored, parts: Parts, findings: list[Finding]) -> None:
     with noting(findings):
         check.check_names_and_shapes(replace(opened.files, tensors=whole), parts.fused)
     for key, info in parts.others.items():
-        if not _finite(parts.load(info)):
+        if not check.is_finite(parts.load(info)):
             findings.append(Finding(f"{info.file.name}: {show(key)} holds NaN or Inf; it is damaged.", 348))
 
 
@@ -200,12 +199,8 @@ def check_whole(
                 Finding(f"{gguf.FILE}: {show(name)} is {list(shapes[name])}, not {list(shape)} as in config.json.", 349)
             )
     for name, tensor in tensors.items():
-        if not _finite(tensor):
+        if not check.is_finite(tensor):
             findings.append(Finding(f"{gguf.FILE}: {show(name)} holds NaN or Inf; it is damaged.", 348))
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float64)))
 
 
 def read_adapter(opened: Stored, parts: Parts, findings: list[Finding]) -> dict[str, LowRank]:
