@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantforge import checkpoint, exporters, fallbacks, kept, pipeline, preflight, recipe, resources, runs
+from quantforge import checkpoint, digests, exporters, fallbacks, kept, pipeline, preflight, recipe, resources, runs
 from quantforge import journal as journaling
 from quantforge import plan as planning
 from quantforge.calibrate import corpus, overlap
@@ -127,7 +127,8 @@ def quantize(
     target = None if out is None else Path(out)
     draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed, reading=reading)
     draw = functools.partial(draw, max_memory=max_memory)
-    finished = target is not None and not restart and journaling.finished(target)  # and only the journal is left
+    # and only the journal is left
+    finished = target is not None and not restart and journaling.finished(target) and digests.whole(target)
     replaces = overwrite or finished
     ids, provenance, strategy, given = None, dict[str, Any](), Strategy(), tokenizer
     source: loading.Source | nn.Module
@@ -151,6 +152,8 @@ def quantize(
         writer = writer_of(source, device, whole=not strategy.stream)
     if plan.needs:
         ids, provenance = draw(tokenizer=tokenizer, config=config, seq_len=seq_len, count=samples, writer=writer)
+    if target is not None:
+        journaling.check_free(target)
     facts = runs.made_of(source, plan, ids, provenance, given, device) if target is not None else {}
     with runs.opened(target, facts, restart=restart) as journal:
         finished = finished and journal is not None and bool(journal.commits)

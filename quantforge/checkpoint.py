@@ -42,6 +42,7 @@ __all__ = [
     "table_of",
 ]
 _GENERATION = "generation_config.json"
+_LONGEST = 2000  # characters of a plug-in with its options, as records have it
 _KINDS = ("transform", "tuner", "correction")
 
 
@@ -60,7 +61,7 @@ def table(record: dict[str, Any]) -> str:
     """Return what each layer of a checkpoint became, as lines of text with the totals; ModelError if it was changed."""
     try:
         return _table(record)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except stored.DAMAGE as error:
         raise ModelError(355, f"{MARK} lacks what it should say of the layers ({error!r}); it was changed.") from error
 
 
@@ -332,6 +333,8 @@ def _format(text: str, found: list[Format]) -> Format:
 
 def _part(kind: str, text: str) -> Any:
     """Return the plug-in whose `repr` the record holds; ValueError if it is none that is known here."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"{text[:40]!r}… is no {kind}")
     call = ast.parse(text, mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise ValueError(f"{text!r} is no {kind}")

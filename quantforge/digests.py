@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantforge.errors import ModelError
 from quantforge.models import moe
 from quantforge.models.headers import TensorInfo, file_size, read_header
 from quantforge.numerics.problem import QWeight
@@ -92,6 +93,16 @@ def file_digest(path: Path) -> str:
         while part := stream.read(_PIECE):
             found.update(part)
     return found.hexdigest()
+
+
+def whole(folder: Path) -> bool:
+    """Tell whether every file of a checkpoint has the digest that its quantforge.json records."""
+    try:
+        kept = json.loads((folder / MARK).read_text(encoding="utf-8"))["digests"]["files"]
+        found = {name: file_digest(folder / name) for name in names_of_files(folder)}
+        return bool(found == kept)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ModelError):
+        return False
 
 
 def names_of_files(folder: Path) -> list[str]:

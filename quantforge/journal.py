@@ -60,6 +60,7 @@ class Journal:
         the unfinished run's, ResourceError if the journal cannot be written.
         """
         folder = place(out)
+        _wait()
         held = _take(folder, out)
         try:
             with _told(folder):
@@ -129,8 +130,7 @@ class Journal:
 
     def due(self) -> bool:
         """Tell whether the last commit is so long ago that the work since should be committed."""
-        wait = float(os.environ.get("QUANTFORGE_COMMIT_SECONDS") or COMMIT_SECONDS)
-        return time.monotonic() - self._last >= wait
+        return time.monotonic() - self._last >= _wait()
 
     def published(self, staging: Path) -> None:
         """Commit that the output is whole in `staging`, just before it takes its name; see `finished`."""
@@ -237,6 +237,26 @@ def size(out: Path) -> int:
     return sum(file.stat().st_size for file in place(out).rglob("*") if file.is_file())
 
 
+def check_free(out: Path) -> None:
+    """Raise LockedError, naming the holder, if another process is at work on `out` just now."""
+    lock = place(out) / "LOCK"
+    with contextlib.suppress(OSError):
+        held = disk.lock(lock) if lock.is_file() else -1
+        if held is None:
+            raise _locked(out)
+        if held != -1:
+            disk.unlock(held)
+
+
+def _wait() -> float:
+    """Return the seconds between commits; PlanError for what is no number of them."""
+    asked = os.environ.get("QUANTFORGE_COMMIT_SECONDS") or str(COMMIT_SECONDS)
+    try:
+        return float(asked)
+    except ValueError:
+        raise PlanError(285, f"QUANTFORGE_COMMIT_SECONDS is {asked!r}, which is no number of seconds.") from None
+
+
 def finished(out: Path) -> bool:
     """Tell whether `out` was published by the run whose journal lies beside it, which only had no time to remove it."""
     try:
@@ -278,9 +298,13 @@ def _take(folder: Path, out: Path) -> int:
                 disk.unlock(held)
             check_writable(folder.parent)
             raise ResourceError(530, f"{folder} cannot be made or locked: {error.strerror or error}.") from error
-        raise LockedError(
-            610, f"--out {out} is being written by {_holder(folder)}; wait for it, or name another folder."
-        )
+        raise _locked(out)
+
+
+def _locked(out: Path) -> LockedError:
+    """Return the error for an output that another process is writing."""
+    holder = _holder(place(out))
+    return LockedError(610, f"--out {out} is being written by {holder}; wait for it, or name another folder.")
 
 
 def _holder(folder: Path) -> str:

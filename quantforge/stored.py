@@ -26,7 +26,7 @@ from quantforge.protocols import Exporter
 from quantforge.store import MARK
 
 # what a config that was changed by hand can make a reader raise
-DAMAGE = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, re.error)
+DAMAGE = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError, re.error)
 SCHEMA = 1
 CONTAINERS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "bitsandbytes8", "gguf", "native")
 _METHODS = {native.METHOD: "native", "gptq": "gptq", "awq": "awq"}

@@ -339,6 +339,19 @@ def test_62_a_place_that_cannot_be_written_is_refused_before_work(
     assert file.read_text() == "precious"
 
 
+def test_61_a_damaged_output_is_replaced_though_its_record_is_that_of_the_new_one(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a power loss between the last commit and the new output's name."""
+    out = tmp_path / "out"
+    assert quantize(TINY, text, out).exit_code == 0
+    whole = contents(out)
+    (out / "model.safetensors").write_bytes(whole["model.safetensors"][:-1])
+    monkeypatch.setattr("quantforge.journal.finished", lambda out: True)
+    assert quantize(TINY, text, out, "--overwrite").exit_code == 0
+    assert contents(out)["model.safetensors"] == whole["model.safetensors"]
+
+
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
 def test_63_and_64_a_disk_that_fails_costs_no_finished_work(
     fault: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -117,3 +117,12 @@ def test_damaged_files_are_noted_beside_the_record_and_refused_without_one(folde
     (folder / MARK).unlink()
     with pytest.raises(ModelError, match="up_proj lacks weight_scale"):
         run(folder)
+
+
+@pytest.mark.parametrize("key", ["bytes_before", "bits_per_weight", "loss"])
+def test_numbers_of_a_record_that_no_machine_holds_are_refused(folder, key):
+    record = json.loads((folder / MARK).read_text())
+    (record["layers"][0] if key == "loss" else record)[key] = 10**400
+    (folder / MARK).write_text(json.dumps(record))
+    with pytest.raises(ModelError, match="QF-355"):
+        run(folder)

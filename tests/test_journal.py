@@ -198,6 +198,24 @@ def test_a_second_run_is_refused_with_the_holders_name_and_changes_nothing(out):
         assert [facts["block"] for facts in journal.commits] == [0, 1]
 
 
+def test_an_output_that_another_is_writing_is_told_before_anything_is_read(out):
+    journals.check_free(out)
+    assert not place(out).exists()
+    with Journal.open(out, IDENTITY), pytest.raises(LockedError, match=rf"QF-610.*process {os.getpid()}"):
+        journals.check_free(out)
+    journals.check_free(out)
+
+
+def test_seconds_between_commits_that_are_none_are_refused_before_any_work(out, monkeypatch):
+    monkeypatch.setenv("QUANTFORGE_COMMIT_SECONDS", "soon")
+    with (
+        pytest.raises(PlanError, match="QUANTFORGE_COMMIT_SECONDS is 'soon', which is no number of seconds"),
+        Journal.open(out, IDENTITY),
+    ):
+        pass
+    assert not place(out).exists()
+
+
 def test_the_lock_of_a_process_that_is_gone_is_taken_over_even_if_a_child_of_it_lives(out):
     code = (
         "import os, sys, signal\nfrom pathlib import Path\nfrom quantforge.journal import Journal\n"

@@ -164,6 +164,8 @@ def saved(tmp_path_factory) -> Path:
         lambda r: r.update(solver="GPTQ(__import__('os').getcwd())"),
         lambda r: r.update(solver="GPTQ(damp_percent=__import__('os').getcwd())"),
         lambda r: r.update(solver="("),
+        lambda r: r.update(solver=f"GPTQ(damp_percent={'-' * 100_000}1)"),
+        lambda r: r.update(seconds=10**400),
         lambda r: r.update(transforms=["AWQ"]),
         lambda r: r.update(seconds=None),
         lambda r: r.update(calibration=7),

@@ -160,6 +160,26 @@ def test_an_old_folder_that_was_moved_away_when_the_power_went_gets_its_name_bac
     assert os.listdir(old.parent) == ["out"]
 
 
+def test_what_a_process_that_lives_has_moved_away_is_left_to_it(old, monkeypatch):
+    """Between the two renames of one process another one looks."""
+    monkeypatch.setattr(disk.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
+    real, seen = disk.rename, []
+
+    def rename(point: str, one: Path, other: Path) -> None:
+        if point == "staging.rename":
+            child = os.fork()
+            if not child:
+                store.put_back(old)
+                os._exit(old.exists())
+            seen.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        real(point, one, other)
+
+    monkeypatch.setattr(disk, "rename", rename)
+    save(old, overwrite=True)
+    assert seen == [0]
+    assert contents(old) == whole("new")
+
+
 def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(disk, "sync", lambda point, path: done.append(path.name))

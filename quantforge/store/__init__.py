@@ -288,13 +288,25 @@ def put_back(out: Path) -> None:
     """Give an output that was moved away, by a process that ended before it could replace it, its name again."""
     out = _place(out)
     aside = _aside(out)
-    if not aside.is_dir() or aside.is_symlink():
+    if not aside.is_dir() or aside.is_symlink() or _at_work(out.parent):
         return
     if os.path.lexists(out):  # the new one is there
         disk.remove_folder(aside)
     else:
         with _told(out):
             disk.rename("staging.aside", aside, out)
+
+
+def _at_work(parent: Path) -> bool:
+    """Tell whether a process that lives has a staging folder in `parent`, and might be replacing an output."""
+    begin, end = _STAGING
+    for folder in parent.glob(f"{begin}*{end}"):
+        with contextlib.suppress(OSError):
+            held = disk.lock(folder)
+            if held is None:
+                return True
+            disk.unlock(held)
+    return False
 
 
 def _aside(out: Path) -> Path:
