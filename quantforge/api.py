@@ -125,8 +125,9 @@ def quantize(
     loading.check_device(device)
     calibration = _checked(calibration, "calibration")
     target = None if out is None else Path(out)
-    draw = functools.partial(token_ids, calibration, "calibration", shuffle=shuffle, seed=seed, reading=reading)
-    draw = functools.partial(draw, max_memory=max_memory)
+    draw = functools.partial(
+        token_ids, calibration, "calibration", shuffle=shuffle, seed=seed, reading=reading, max_memory=max_memory
+    )
     # and only the journal is left
     finished = target is not None and not restart and journaling.finished(target) and digests.whole(target)
     replaces = overwrite or finished
