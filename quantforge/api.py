@@ -151,10 +151,10 @@ def quantize(
             check_length(config, seq_len)
         strategy = _strategy(plan, source, calibration, samples, seq_len, max_memory, target, tokenizer)
         writer = writer_of(source, device, whole=not strategy.stream)
-    if plan.needs:
-        ids, provenance = draw(tokenizer=tokenizer, config=config, seq_len=seq_len, count=samples, writer=writer)
     if target is not None:
         journaling.check_free(target)
+    if plan.needs:
+        ids, provenance = draw(tokenizer=tokenizer, config=config, seq_len=seq_len, count=samples, writer=writer)
     facts = runs.made_of(source, plan, ids, provenance, given, device) if target is not None else {}
     with runs.opened(target, facts, restart=restart) as journal:
         finished = finished and journal is not None and bool(journal.commits)
