@@ -40,8 +40,7 @@ FOUND: dict[str, Any] = {
                 "bytes": 1e9,
                 "peak": 1e9,
                 "estimated": 1.1e9,
-                "seconds": 9,
-                "threads": 2,
+                "max_memory": "2GB",
             },
             {
                 "name": "60 blocks gptq",
@@ -49,8 +48,7 @@ FOUND: dict[str, Any] = {
                 "bytes": 2e9,
                 "peak": 1.02e9,
                 "estimated": 1.1e9,
-                "seconds": 18,
-                "threads": 2,
+                "max_memory": "2GB",
             },
             {
                 "name": "GPTQ",
@@ -58,8 +56,7 @@ FOUND: dict[str, Any] = {
                 "bytes": 13.5e9,
                 "peak": 5.25e9,
                 "estimated": 5.5e9,
-                "seconds": 3600,
-                "threads": 2,
+                "max_memory": "6GB",
             },
         ]
     },

@@ -163,8 +163,8 @@ page.
 
 ## Larger than memory
 
-`{COMMANDS["streaming"]}`: random models, read block by block under `--max-memory`, in 4 bits with groups of 64; GPTQ on 8
-windows of 256 tokens. The peak is VmHWM of the whole process, mapped files included, saving and verifying among it.
+`{COMMANDS["streaming"]}`: random models, read block by block under `--max-memory`, in 4 bits with groups of 64; GPTQ on
+8 windows of 256 tokens. The peak is VmHWM of the whole process, mapped files included, saving and verifying among it.
 
 {streaming(found["streaming"])[0]}
 
