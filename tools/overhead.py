@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -78,7 +77,7 @@ def main() -> None:
             | {"ratio": ratio}
         )
         print(json.dumps(found[-1]), flush=True)
-        about = {"quantforge": quantforge.__version__, "torch": torch.__version__, "processors": os.cpu_count()}
+        about = {"quantforge": quantforge.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
         store.write_text(OUT, json.dumps({**about, "runs": found}, indent=1) + "\n")
 
 
