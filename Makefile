@@ -82,7 +82,7 @@ fuzz: $(VENV)/installed  ## a million damaged inputs for each parser, then a mil
 streaming: $(VENV)/installed  ## the memory of models read block by block: 30 and 60 blocks, and one of 7 billion weights
 	$(BIN)/python tools/streaming.py
 
-overhead: $(VENV)/demo  ## what keeping work costs, with and without a journal in turns; wants a quiet machine
+overhead: $(VENV)/demo  ## what share of a run its journal takes
 	$(BIN)/python tools/overhead.py
 
 reliability: $(VENV)/installed  ## write reports/reliability.md from what torture, faults, fuzz, streaming and overhead counted

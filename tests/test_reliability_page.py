@@ -61,7 +61,7 @@ FOUND: dict[str, Any] = {
         ]
     },
     "overhead": {
-        "runs": [{"method": "gptq", "kept": [10.2, 10.4], "plain": [10.0, 10.0], "commits": 4, "ratio": 1.03}]
+        "runs": [{"method": "gptq", "seconds": [10.2, 10.4], "journal": [0.3, 0.3], "commits": 4, "share": 0.03}]
     },
 }
 
@@ -85,7 +85,7 @@ def test_every_count_is_on_the_page_and_in_the_summary() -> None:
     assert "| safetensors header | 900 mutate + 100 atheris | 10 | 988 | 2 | 0.250 |" in page
     assert "| GPTQ | 32 | 13.50 | 6 | 5.50 | 5.25 |" in page
     assert "60 blocks beside that of 30: +2.0 % by GPTQ." in page
-    assert "| gptq | 4 | 10.2, 10.4 | 10.0, 10.0 | 1.030 |" in page
+    assert "| gptq | 4 | 10.2, 10.4 | 0.3, 0.3 | 3.0 % |" in page
     assert "keeping work costs 3.0 % of GPTQ's time" in summary
     assert "| 1 | a \\| b | 3 | refused | 4 |" in page
     assert "| 2 | c | 5 | kept (not so) — by an injected fault | 1, **not all** |" in page
