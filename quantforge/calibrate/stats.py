@@ -140,7 +140,7 @@ class Statistics:
         """Add the tokens of `x` [..., in] of one batch.
 
         float_x  what the float model has there, of the same shape
-        where    the tokens of the batch stand; None: only the batch is known
+        where    tells where the tokens of the batch stand; None: only the batch is known
         """
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         usable = None if bool(flat.sum().isfinite()) else flat.isfinite().all(1)  # a sum is bad if any term is
